@@ -1,0 +1,91 @@
+"""Ranks, seeds and reductions. Every function is a plain no-op in one process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_rank() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if is_distributed() and world_size() > 1:
+        dist.barrier()
+
+
+def print_main(*values: Any) -> None:
+    """Print on rank 0 alone."""
+    if is_main_rank():
+        print(*values, flush=True)
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` (any shape) over all ranks; all ranks must call it."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total
+
+
+def all_any(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """True where any rank says True, so that ranks leave a loop together."""
+    return bool(all_sum(torch.tensor(float(flag), device=device)).item() > 0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One picklable object of every rank, in rank order, on all ranks."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part, stable across processes and machines.
+
+    Used for data order (seed, stage, epoch) and for sampling (seed, iteration, prompt id), so
+    that neither depends on the number of ranks.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & (2**63 - 1)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python and torch for initialisation; NumPy's legacy generator where it is loaded.
+
+    The same on all ranks, because replicated weights must be initialised alike. What has to
+    differ by rank (sampling) takes its seed from `derive_seed` and the row.
+    """
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def local_device() -> torch.device:
+    """This rank's device: its GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
