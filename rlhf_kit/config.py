@@ -39,7 +39,7 @@ class GenerationConfig:
     """Sample from the k likeliest tokens only; 0 means all."""
     top_p: float = 1.0
     """Sample from the smallest set with this probability; 1 means all."""
-    min_new_tokens: int = 1
+    min_new_tokens: int = 0
     """No EOS before this many tokens; 0 allows an empty response."""
     slots: int = 64
     """Rows decoded at once; a finished row's slot is refilled."""
@@ -250,7 +250,7 @@ class MixtureConfig:
     """The pretraining objective mixed into PPO (InstructGPT's PPO-ptx)."""
 
     kind: Literal["off", "coef", "grad_norm_ratio"] = "grad_norm_ratio"
-    """`coef` multiplies the loss by a constant; the ratio scales it to a share of PPO's gradient."""
+    """`coef` weighs the loss by a constant; the ratio makes it a share of PPO's gradient."""
     ptx_coef: float = 27.8
     """With kind `coef`: the constant (InstructGPT, appendix C.4)."""
     ratio: float = 0.1
@@ -405,10 +405,22 @@ class RunConfig:
             "generation.temperature must be positive in a run: PPO learns from sampled responses",
         )
         require(
-            self.generation.top_k == 0 and self.generation.top_p == 1,
-            "generation.top_k and top_p must be off in a run: the logprobs PPO trains on would "
-            "not be those that were sampled from",
+            self.generation.top_k == 0
+            and self.generation.top_p == 1
+            and self.generation.min_new_tokens == 0,
+            "generation.top_k, top_p and min_new_tokens must be off in a run: the logprobs PPO "
+            "trains on would not be those that were sampled from",
         )
+
+    @property
+    def actor_model_name_or_path(self) -> str:
+        """`actor_model`, by the name that DeepSpeed Chat's API gives it."""
+        return self.actor_model
+
+    @property
+    def critic_model_name_or_path(self) -> str:
+        """`reward_model`, by the name that DeepSpeed Chat's API gives it."""
+        return self.reward_model
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts and lists, for run.json."""

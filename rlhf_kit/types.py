@@ -66,7 +66,7 @@ class PromptBatch:
     attention_mask: torch.Tensor
     """[B, P] bool, True on prompt tokens."""
     seeds: torch.Tensor
-    """[B] int64, the sampling seed of each row: a row samples alike in any batch and on any rank."""
+    """[B] int64, one sampling seed a row: it samples alike in any batch and on any rank."""
     dialogues: tuple[tuple[Message, ...], ...]
     """B prompts as text, for a reward model with another tokenizer and for the gold judge."""
 
@@ -84,7 +84,7 @@ class Rollout:
     response_mask: torch.Tensor
     """[B, R] bool, True up to and including the first EOS. Made from lengths, never from ids."""
     logprobs: torch.Tensor
-    """[B, R] fp32 log-probabilities of the sampled tokens at the sampling temperature, 0 elsewhere."""
+    """[B, R] fp32, of the sampled tokens at the sampling temperature; 0 elsewhere."""
     ended: torch.Tensor
     """[B] bool, True where the response ends with EOS rather than at the length limit."""
 

@@ -1,0 +1,38 @@
+"""From an `EngineConfig` to DeepSpeed's dict: a pure function, so that it can be tested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_kit.config import EngineConfig
+
+
+def deepspeed_config(
+    engine: EngineConfig, *, micro_batch_size: int, accumulation: int, max_grad_norm: float
+) -> dict[str, Any]:
+    """The configuration of one DeepSpeed engine.
+
+    `micro_batch_size` is a rank's rows in one forward and only informs DeepSpeed's log;
+    `accumulation` is the number of backward passes an optimiser step, which DeepSpeed divides
+    losses by (`TrainingEngine.backward` undoes that: our losses are already global means).
+    """
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if engine.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if engine.zero_stage == 3:
+        # Small tensors stay whole: norms and biases cost more to gather than to keep.
+        zero["stage3_param_persistence_threshold"] = 10_000
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": engine.dtype == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # With offload, DeepSpeed would insist on a CPU Adam that needs a compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
