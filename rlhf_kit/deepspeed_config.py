@@ -7,14 +7,12 @@ from typing import Any
 from rlhf_kit.config import EngineConfig
 
 
-def deepspeed_config(
-    engine: EngineConfig, *, micro_batch_size: int, accumulation: int, max_grad_norm: float
-) -> dict[str, Any]:
+def deepspeed_config(engine: EngineConfig, *, max_grad_norm: float) -> dict[str, Any]:
     """The configuration of one DeepSpeed engine.
 
-    `micro_batch_size` is a rank's rows in one forward and only informs DeepSpeed's log;
-    `accumulation` is the number of backward passes an optimiser step, which DeepSpeed divides
-    losses by (`TrainingEngine.backward` undoes that: our losses are already global means).
+    Gradient accumulation is ours (`managed_gradient_accumulation` off): every `step` is a
+    boundary, however many backward passes came before it, so that PPO and mixture batches of
+    any number meet in one optimiser step. The micro-batch size only serves DeepSpeed's log.
     """
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.offload_optimizer:
@@ -25,8 +23,9 @@ def deepspeed_config(
         # Small tensors stay whole: norms and biases cost more to gather than to keep.
         zero["stage3_param_persistence_threshold"] = 10_000
     return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": engine.dtype == "bf16"},
         "zero_optimization": zero,

@@ -1,0 +1,276 @@
+"""The four models: load actor, ref, critic and reward model; value head; LoRA.
+
+Shapes: B batch, R response tokens, T sequence tokens, D hidden size.
+
+Any causal LM that transformers can load becomes an actor or a ref; its
+`AutoModelForSequenceClassification` sibling with one label becomes a reward model, read at the
+last token, or a critic, read at every token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_kit.config import LoRAConfig, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOY_WORLD = "toy_world"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve_model(name: str) -> str:
+    """A model's hub name or directory; `toy_world` is the base model shipped with the kit.
+
+    A name that looks like a path must exist: it would otherwise be asked for on the hub.
+    """
+    if name == TOY_WORLD:
+        return str(Path(__file__).parent / "toy_world" / "base")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        require(
+            (path / "config.json").is_file(),
+            f"{name} is no model directory: it has no config.json",
+        )
+        return str(path)
+    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    require(not looks_like_path, f"model directory {name} does not exist")
+    return name
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """A fresh score head is expected here and reported by us; transformers prints a table."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in the modules and in what the forward reads.
+
+    Rollout, old and new logprobs have to come from the same function; a ratio of 1 on the first
+    minibatch is impossible with dropout in one of them (checklist row 6).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    config = getattr(model, "config", None)
+    for name, value in list(vars(config).items()) if config is not None else []:
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+
+
+def _load(auto_class: Any, name: str, dtype: str, **kwargs: Any) -> tuple[PreTrainedModel, set]:
+    from transformers import AutoConfig
+
+    path = resolve_model(name)
+    local = os.path.isdir(path)
+    if local:
+        require(
+            any(Path(path).glob("*.safetensors")),
+            f"{name} has no *.safetensors weights; convert it first, pickled weights are refused",
+        )
+    common = {"local_files_only": local, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(path, **common, **kwargs)
+    with _quiet_transformers():
+        model, info = auto_class.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
+        )
+    disable_dropout(model)
+    model.config.use_cache = False
+    return model, set(info["missing_keys"])
+
+
+def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grow the embeddings to the tokenizer and write its special ids into the config."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    if tokenizer.bos_token_id is not None:
+        model.config.bos_token_id = tokenizer.bos_token_id
+
+
+def load_causal_lm(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "fp32"
+) -> PreTrainedModel:
+    """An actor or a ref: dropout off, embeddings and special tokens as the tokenizer has them."""
+    from transformers import AutoModelForCausalLM
+
+    model, _ = _load(AutoModelForCausalLM, name, dtype)
+    _fit_tokenizer(model, tokenizer)
+    generation = model.generation_config
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.eos_token_id = tokenizer.eos_token_id
+    generation.bos_token_id = tokenizer.bos_token_id
+    return model
+
+
+def load_scorer(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "fp32"
+) -> PreTrainedModel:
+    """A sequence classifier with one label, for a reward model or a critic.
+
+    A fresh head is drawn from N(0, 1 / (D + 1)), so that first scores are of order 1 (Stiennon
+    et al. 2020, appendix B; checklist row 8). The caller seeds torch.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, missing = _load(AutoModelForSequenceClassification, name, dtype, num_labels=1)
+    _fit_tokenizer(model, tokenizer)
+    if any(key.startswith("score.") for key in missing):
+        head = score_head(model)
+        nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+    return model
+
+
+def score_head(model: nn.Module) -> nn.Linear:
+    """The linear layer from hidden states to the score, `score` in transformers."""
+    head = getattr(model, "score", None)
+    require(
+        isinstance(head, nn.Linear),
+        f"{type(model).__name__} has no linear `score` head; use an architecture whose sequence "
+        "classifier has one (Llama, OPT, GPT-2, GPT-NeoX, Mistral, Qwen, Gemma ...)",
+    )
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """[B, T] positions that count real tokens only, 0 on padding before the first.
+
+    Explicit in every forward: GPT-2 takes the column number otherwise, and left padding would
+    then change its logprobs.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class ValueModel(nn.Module):
+    """A scorer read at every token: the critic's values, and the reward model's score.
+
+    `mean` and `std` are the reward model's saved normalisation: a critic that starts from it
+    then starts in the units of the normalised score.
+    """
+
+    def __init__(self, scorer: PreTrainedModel, *, mean: float = 0.0, std: float = 1.0):
+        super().__init__()
+        self.scorer = scorer
+        self.mean = mean
+        self.std = std
+        score_head(scorer)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, T] ids and mask -> [B, T] fp32 values; column t has read tokens up to t."""
+        hidden = self.scorer.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        return (self.scorer.score(hidden).squeeze(-1).float() - self.mean) / self.std
+
+
+def saved_normalisation(scorer: PreTrainedModel) -> tuple[float, float]:
+    """Mean and standard deviation of scores that the reward stage wrote into config.json."""
+    config = scorer.config
+    return float(getattr(config, "score_mean", 0.0)), float(getattr(config, "score_std", 1.0))
+
+
+def response_logits(
+    model: nn.Module, sequences: Tensor, attention_mask: Tensor, response_length: int
+) -> Tensor:
+    """Logits [B, R, V] that predict the last R = `response_length` tokens of [B, T] sequences.
+
+    Logits of the prompt are never made (`logits_to_keep`): most of T x V would be waste.
+    """
+    logits = model(
+        input_ids=sequences,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+        logits_to_keep=response_length + 1,
+    ).logits
+    return logits[:, -response_length - 1 : -1]
+
+
+def add_lora(model: PreTrainedModel, lora: LoRAConfig) -> None:
+    """Put adapters into `model` in place; afterwards they alone, and a score head, train."""
+    import peft
+
+    names = lora.target_modules
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=names if names == "all-linear" else [n.strip() for n in names.split(",")],
+        exclude_modules=["score", "lm_head", "embed_out"],
+        task_type="CAUSAL_LM",
+    )
+    peft.inject_adapter_in_model(config, model)
+    if isinstance(getattr(model, "score", None), nn.Linear):
+        score_head(model).requires_grad_(True)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, adapters do nothing: the actor computes bit for bit what its base did."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(".lora_A." in name for name, _ in model.named_parameters())
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with adapters added into their base weights, under the plain model's names.
+
+    The live weights stay as they are: merging in place is not reversible in bf16.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    merged: dict[str, Tensor] = {}
+    deltas: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for adapter in module.active_adapters:
+                deltas[f"{name}.weight"] = module.get_delta_weight(adapter)
+    for key, tensor in model.state_dict().items():
+        if ".lora_" not in key:
+            merged[key.replace(".base_layer.", ".")] = tensor
+    for key, delta in deltas.items():
+        merged[key] = (merged[key].float() + delta.float()).to(merged[key].dtype)
+    return merged
