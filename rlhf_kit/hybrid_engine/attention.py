@@ -1,0 +1,206 @@
+"""Attention for decoding, plugged into transformers' attention interface.
+
+Shapes: M packed tokens, N rows being decoded, K a group of prompts, P the longest of them,
+H query heads, Hkv key/value heads, G = H / Hkv, D head size, S cached tokens read.
+
+Every model with that interface calls one function per layer with its own queries, keys and
+values. Ours keeps keys and values in a `KVCache` and knows where each row stands from a plan: a
+record made once per forward pass and handed down as a keyword. transformers builds no mask for
+an attention function without a registered mask, so the plan alone decides who sees what.
+
+The model always gets one packed row of tokens [1, M]: either whole prompts one after another
+(`PromptPlan`) or one token of each row (`TokenPlan`). So no layer computes padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_kit.hybrid_engine.kv_cache import KVCache
+
+NAME = "rlhf_kit_decode"
+
+_IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+"""Keywords that layers pass on and that do not change the arithmetic."""
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """K prompts, packed one after another, going into slots `first` and following."""
+
+    cache: KVCache
+    first: int
+    pad: Tensor
+    """[K, P] where each prompt's tokens stand in the packed row; any token behind its end."""
+    unpad: Tensor
+    """[M] where each packed token stands in the flattened [K, P]."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        # Padded on the right, a causal mask is all that real tokens need.
+        query, key, value = (x[0].transpose(0, 1)[self.pad] for x in (query, key, value))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        self.cache.write_prompts(layer, self.first, key, value)
+        out = attend_prompts(query, key, value, rule)
+        return out.transpose(1, 2).flatten(0, 1)[self.unpad]
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """One new token for each of the first N slots."""
+
+    cache: KVCache
+    lengths: Tensor
+    """[N] tokens in each slot before this one, which is the position it gets."""
+    span: int
+    """At least the longest length plus one: how far the cache is read."""
+    biases: dict[int | None, Tensor] = field(default_factory=dict)
+    """The mask of each window size, shared by the layers."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        self.cache.write_tokens(layer, self.lengths, key, value)
+        keys, values = self.cache.read(layer, query.shape[0], self.span)
+        return attend_tokens(query, keys, values, self._bias(rule.window, query.dtype), rule)
+
+    def _bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        if window not in self.biases:
+            at = torch.arange(self.span, device=self.lengths.device)
+            hidden = at > self.lengths[:, None]
+            if window is not None:
+                hidden |= at <= self.lengths[:, None] - window
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self.biases[window] = bias.masked_fill_(hidden, -torch.inf)[:, None, None, :]
+        return self.biases[window]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a layer asks of its attention besides being causal."""
+
+    scale: float
+    window: int | None
+    """A token sees itself and the `window - 1` before it; None: all before it."""
+    softcap: float | None
+    """Scores s become softcap * tanh(s / softcap) (Gemma 2); None: as they are."""
+
+
+def attend_prompts(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    """Causal attention of whole prompts: query [K, H, P, D], key and value [K, Hkv, P, D]."""
+    length = query.shape[2]
+    visible = None
+    if rule.softcap is not None or (rule.window is not None and length > rule.window):
+        at = torch.arange(length, device=query.device)
+        distance = at[:, None] - at[None, :]
+        visible = (distance >= 0) & (distance < (rule.window or length))
+    if rule.softcap is None:
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            is_causal=visible is None,
+            scale=rule.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = _capped(query * rule.scale @ key.transpose(-1, -2), rule.softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def attend_tokens(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, rule: Rule) -> Tensor:
+    """Attention of one token a row over its slot.
+
+    query [N, H, D], keys and values [N, Hkv, S, D], bias [N, 1, 1, S] -> [N, H, D]. The G
+    queries of a key/value head are treated as G positions, so no head is copied.
+    """
+    rows, kv_heads = keys.shape[:2]
+    grouped = query.reshape(rows, kv_heads, -1, query.shape[-1]) * rule.scale
+    scores = grouped @ keys.transpose(-1, -2)
+    if rule.softcap is not None:
+        scores = _capped(scores, rule.softcap)
+    weights = (scores + bias).softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+    return (weights @ values).flatten(1, 2)
+
+
+@contextmanager
+def own_attention(model: nn.Module) -> Iterator[None]:
+    """Let `model` attend through this module inside the block, with dropout off.
+
+    The attention implementation in its configs and the train/eval state of every module are what
+    they were afterwards.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _attention)
+    configs = {id(m.config): m.config for m in model.modules() if _names_attention(m)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        for config, _ in before:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+        for module in training:
+            module.training = True
+
+
+def _names_attention(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    plan: PromptPlan | TokenPlan | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer: query [1, H, M, D] -> [1, M, H, D].
+
+    Raises ValueError for everything that would change the result and is not done here.
+    """
+    assert dropout == 0.0, "dropout is off while we generate"
+    name = type(module).__name__
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    unknown = sorted(k for k, v in others.items() if v is not None and k not in _IGNORED)
+    if plan is None:
+        raise ValueError(f"{name} keeps keywords from its attention: generate with it plainly")
+    if attention_mask is not None or not causal:
+        raise ValueError(f"{name} attends with a mask of its own, which decoding does not know")
+    if unknown:
+        raise ValueError(f"{name} attends with {', '.join(unknown)}, which decoding does not know")
+    if sliding_window is None and _layer_type(module) not in (None, "full_attention"):
+        raise ValueError(f"{name} uses {_layer_type(module)}, which decoding does not know")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = Rule(scale, sliding_window, softcap)
+    return plan.attend(module.layer_idx, query, key, value, rule)[None], None
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    types = getattr(module.config, "layer_types", None)
+    return types[module.layer_idx] if types else None
+
+
+def _capped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scores / softcap)
