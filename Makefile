@@ -20,8 +20,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make a virtual environment; install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	@echo "Setting up $(VENV) from requirements.lock, once: this takes some minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(STAMP) ## train the toy world into runs/demo and print the report (goes on where it stopped)
@@ -49,7 +49,7 @@ base-model: $(STAMP) ## train the toy world's base model anew
 # torch pins its CUDA packages exactly in its own metadata; left out here, the lock also fits
 # a CPU build of torch.
 lock: $(STAMP) ## resolve requirements.lock anew, for Python 3.10 to 3.13
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv
 	@echo "torch==$(TORCH)" > $(VENV)/constraints
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev \
 		--constraint $(VENV)/constraints --no-annotate --no-header pyproject.toml \
