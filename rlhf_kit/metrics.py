@@ -63,10 +63,9 @@ class MetricsLog:
         if not distributed.is_main_rank():
             return
         numbers = {key: _number(key, value) for key, value in values.items()}
-        if self._file is None:
-            self._open()
-        self._file.write(_line(step, numbers) + "\n")
-        self._file.flush()
+        file = self._file or self._open()
+        file.write(_line(step, numbers) + "\n")
+        file.flush()
         if self._writer is not None:
             for key, value in numbers.items():
                 self._writer.add_scalar(key, value, global_step=step)
@@ -86,7 +85,7 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> None:
+    def _open(self) -> Any:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _repair(self.path, self._purge_step)
         self._file = self.path.open("a", encoding="utf-8")
@@ -94,6 +93,7 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.path.parent), purge_step=self._purge_step)
+        return self._file
 
     def _show(self, step: int, numbers: Mapping[str, float], bar: Any) -> None:
         from tqdm.auto import tqdm

@@ -42,7 +42,7 @@ class Figure(matplotlib.figure.Figure):
         return image.getvalue()
 
 
-def style() -> dict[str, Any]:
+def style() -> dict[Any, Any]:
     """The matplotlib settings of every plot here; `matplotlib.rc_context(style())` applies them."""
     return {
         "axes.edgecolor": INK,
