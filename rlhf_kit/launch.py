@@ -263,15 +263,19 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     check = "--check" in words
     sources = sorted({Path(w).with_suffix(".py") for w in words if w != "--check"})
-    differences = 0
+    failures = []
     for source in sources:
+        start = time.monotonic()
         if not check:
-            start = time.monotonic()
-            print(f"{write_twin(source)}  {time.monotonic() - start:.0f} s", flush=True)
+            try:
+                print(f"{write_twin(source)}  {time.monotonic() - start:.0f} s", flush=True)
+            except Exception as error:  # the other notebooks are executed all the same
+                failures.append(f"{source} failed: {error}")
         elif difference := twin_differs(source):
-            print(f"error: {difference}", file=sys.stderr)
-            differences += 1
-    return 1 if differences else 0
+            failures.append(difference)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+"""The command `rlhf-kit`: train, run, chat, report.
+
+Nothing heavy is imported before it is needed. Wrong input is one sentence and exit code 2, a
+stage that fails is exit code 1, Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlhf_kit import __version__, pipeline
+from rlhf_kit.config import PRESETS, require
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one sentence instead of a usage block for wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="rlhf-kit",
+        description="Train a ChatGPT-style model: SFT, reward model, PPO.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"rlhf-kit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, **keywords: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **keywords)
+        sub.set_defaults(run=run)
+        return sub
+
+    train_ = command("train", train, "run all three stages and print the report")
+    train_.add_argument("--preset", choices=PRESETS, help="the settings to start from")
+    train_.add_argument("--actor-model", metavar="M", help="hub name or directory of the actor")
+    train_.add_argument("--reward-model", metavar="M", help="the reward model's base")
+    train_.add_argument(
+        "--data",
+        metavar="NAME[=WEIGHT]",
+        action="append",
+        default=[],
+        help="a data source; repeat it for a blend",
+    )
+    train_.add_argument("--seed", type=int, metavar="N", help="decides order, sampling and start")
+    train_.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="any other setting, as in ppo.kl.coef=0.1; repeatable",
+    )
+    train_.add_argument(
+        "--output-dir", metavar="DIR", type=Path, required=True, help="where the run is written"
+    )
+    train_.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in DIR, or start it where there is none",
+    )
+
+    run_ = command("run", run, "run one notebook as a script; its own --help lists its flags")
+    run_.add_argument("notebook", help="a .py (py:percent) or .ipynb")
+    run_.add_argument("flags", nargs=argparse.REMAINDER, help="its parameters: --name value ...")
+
+    report_ = command("report", report, "build and print the report of a run again")
+    report_.add_argument("run_dir", metavar="DIR", type=Path)
+
+    chat_ = command("chat", chat, "talk to a model in the terminal")
+    chat_.add_argument("directory", metavar="DIR", type=Path, help="a model, or a run")
+    chat_.add_argument(
+        "--checkpoint",
+        choices=("base", "sft", "final", "ema"),
+        default="final",
+        help="which model of a run (default: final)",
+    )
+    chat_.add_argument("--system", metavar="TEXT", default="", help="a system message")
+    chat_.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    chat_.add_argument("--top-p", type=float, default=0.9, help="nucleus (default: 0.9)")
+    chat_.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
+    chat_.add_argument("--seed", type=int, default=0, help="the same seed, the same answers")
+    return parser
+
+
+# ---- the commands
+
+
+def train(arguments: argparse.Namespace) -> int:
+    directory: Path = arguments.output_dir
+    record = pipeline.open_run(
+        directory,
+        preset_name=arguments.preset,
+        changes=changes(arguments),
+        resume=arguments.resume,
+        command=shlex.join(["rlhf-kit", *sys.argv[1:]]),
+    )
+    if record["finished"]:
+        print(f"{directory} holds a finished run; its report again:", flush=True)
+    elif code := pipeline.train(directory, record):
+        return code
+    show_report(directory)
+    print(f"{directory}: {pipeline.duration(pipeline.seconds_of(record))} of training in all")
+    return 0
+
+
+def changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says about a configuration, as `config.override` takes it."""
+    from rlhf_kit.parameters import yaml_value
+
+    values: dict[str, Any] = {
+        "actor_model": arguments.actor_model,
+        "reward_model": arguments.reward_model,
+        "seed": arguments.seed,
+    }
+    if arguments.data:
+        values["data__sources"] = [source(text) for text in arguments.data]
+    values = {name: value for name, value in values.items() if value is not None}
+    for setting in arguments.settings:
+        name, equals, text = setting.partition("=")
+        require(bool(name and equals), f"write --set name=value, not {setting!r}")
+        key, value = name.replace(".", "__"), yaml_value(text)
+        require(key not in values, f"{name} is set twice")
+        require(value is not None, f"--set {name} needs a value; null cannot be set here")
+        values[key] = value
+    return values
+
+
+def source(text: str) -> dict[str, Any]:
+    """`name[=weight]` as the fields of a SourceConfig."""
+    name, equals, weight = text.rpartition("=")
+    if not equals:
+        return {"name": text}
+    try:
+        return {"name": name, "weight": float(weight)}
+    except ValueError:
+        message = f"the weight of data source {name} must be a number, not {weight!r}"
+        raise ValueError(message) from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from rlhf_kit.launch import run_notebook
+    from rlhf_kit.parameters import help_text, parameters_of, parse_flags
+
+    notebook = arguments.notebook
+    parameters = parameters_of(notebook)
+    if {"-h", "--help"} & set(arguments.flags):
+        print(help_text(notebook, parameters))
+        return 0
+    values = parse_flags(parameters, arguments.flags)
+    log = Path("runs", "logs", Path(notebook).stem + ".log")
+    code = run_notebook(notebook, values, log=log)
+    if code:
+        print(f"{notebook} {pipeline.ending(code)}; the log is {log}.", file=sys.stderr)
+    return code if code in (0, 2) else 1
+
+
+def report(arguments: argparse.Namespace) -> int:
+    show_report(arguments.run_dir)
+    return 0
+
+
+def show_report(directory: Path) -> None:
+    pipeline.read_record(directory)
+
+    from rlhf_kit.report import build, print_terminal
+
+    print_terminal(build(directory))
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    from rlhf_kit.chat import talk
+    from rlhf_kit.config import GenerationConfig
+
+    generation = GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        slots=1,
+    )
+    return talk(
+        arguments.directory,
+        checkpoint=arguments.checkpoint,
+        generation=generation,
+        seed=arguments.seed,
+        system=arguments.system,
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(words)
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        hint = ""
+        if arguments.command == "train":
+            hint = f"; go on with: rlhf-kit train --output-dir {arguments.output_dir} --resume"
+        print(f"\ninterrupted{hint}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""A run: the notebooks of the three stages in order, and run.json, its record.
+
+    DIR/run.json                    configuration, versions, commit, seed, times
+    DIR/{sft,reward,ppo/final}      what the stages export; export.json says that it is whole
+    DIR/logs/NN_name.log            all that a notebook printed
+
+There is no second copy of a step here: `train` runs the files in `notebooks/` as scripts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlhf_kit import __version__
+from rlhf_kit.config import PRESETS, from_dict, override, preset, require
+
+STAGES = (
+    ("02_sft", "sft/export.json"),
+    ("03_reward_model", "reward/export.json"),
+    ("04_ppo", "ppo/final/export.json"),
+)
+"""The notebooks, in order, and the file by which each says that it is done."""
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "safetensors")
+
+
+def open_run(
+    directory: Path,
+    *,
+    preset_name: str | None,
+    changes: Mapping[str, Any],
+    resume: bool,
+    command: str,
+) -> dict[str, Any]:
+    """The record of a new run, written; with `resume`, of the one in `directory` if it has one.
+
+    `changes` are `config.override`'s. The whole configuration is validated before anything is
+    written. ValueError where the directory is in use, or was started with other settings.
+    """
+    path = directory / "run.json"
+    if path.is_file():
+        require(
+            resume,
+            f"{directory} already holds a run; pass --resume to go on with it, or choose another",
+        )
+        record = read_record(directory)
+        config = from_dict(record["config"])
+        require(
+            preset_name in (None, config.preset) and override(config, **changes) == config,
+            f"{directory} was started with other settings; leave them out to go on with it, "
+            "or choose another directory",
+        )
+        return record
+    require(
+        not directory.exists() or (directory.is_dir() and not any(directory.iterdir())),
+        f"{directory} is in use and holds no run; choose another",
+    )
+    if preset_name is None:
+        raise ValueError(f"name the settings to start from: --preset {'|'.join(PRESETS)}")
+    config = preset(preset_name, **changes)
+    require(
+        (NOTEBOOKS / f"{STAGES[0][0]}.py").is_file(),
+        f"there are no notebooks in {NOTEBOOKS}; train from a checkout of the repository, "
+        "installed with pip install -e .",
+    )
+    record = {
+        "config": config.to_dict(),
+        "seed": config.seed,
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "started": now(),
+        "finished": None,
+        "stages": {},
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    return record
+
+
+def train(directory: Path, record: dict[str, Any]) -> int:
+    """Run the stages that are not done, keep their times in the record; the exit code."""
+    for name, done in STAGES:
+        export = directory / done
+        if export.is_file():
+            print(f"{name}: done before", flush=True)
+            continue
+        start = time.monotonic()
+        if code := run_stage(name, directory):
+            return code
+        require(
+            export.is_file(),
+            f"{name} ended without writing {export}, so the run cannot go on",
+        )
+        seconds = time.monotonic() - start
+        record["stages"][name] = {"seconds": round(seconds, 1)}
+        write_json(directory / "run.json", record)
+        print(f"{name}: {duration(seconds)}", flush=True)
+    record["finished"] = now()
+    write_json(directory / "run.json", record)
+    return 0
+
+
+def run_stage(name: str, directory: Path) -> int:
+    """Run one notebook of the run; 0, 2 where it refused its input, 1 where it failed."""
+    from rlhf_kit.launch import run_notebook
+
+    log = directory / "logs" / f"{name}.log"
+    code = run_notebook(NOTEBOOKS / f"{name}.py", {"run_dir": str(directory)}, log=log)
+    if code not in (0, 2):  # 2: the notebook itself has said in one sentence what is wrong
+        print(f"error: {name} {ending(code)}; its last lines:", file=sys.stderr)
+        for line in log.read_text(encoding="utf-8").splitlines()[-5:]:
+            print(f"  {line}", file=sys.stderr)
+    if code:
+        print(f"The whole log is {log}.", file=sys.stderr)
+    return code if code in (0, 2) else 1
+
+
+def ending(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"stopped with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = ", as it happens when memory runs out" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+# ---- the record
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """run.json of a run; ValueError where there is none or it is not one."""
+    path = directory / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{directory} holds no run: there is no {path}") from None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {"config", "stages", "finished"} <= record.keys():
+        raise ValueError(f"{path} is not the record of a run; choose another directory")
+    return record
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def seconds_of(record: Mapping[str, Any]) -> float:
+    """What all stages took, over all starts of the run."""
+    return sum(stage["seconds"] for stage in record["stages"].values())
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that numbers depend on; none of them is imported."""
+    found = {"rlhf-kit": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> str | None:
+    """The kit's git commit, with a + where files differ from it; None outside a checkout."""
+    root = NOTEBOOKS.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
