@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Row = TypeVar("Row")
 
 
 def is_distributed() -> bool:
@@ -89,3 +92,28 @@ def local_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
+
+
+def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """This rank's share of a global batch, in parts of at most `size` rows.
+
+    Rank r takes rows r, r + world, ...: a global batch is the same set of rows on any number of
+    ranks, and length-sorted rows spread evenly. Every rank gets as many rows, or ValueError.
+    """
+    ranks = world_size()
+    if len(rows) % ranks:
+        raise ValueError(
+            f"a global batch of {len(rows)} rows can't be shared evenly by {ranks} ranks; "
+            "choose a batch size that is a multiple of the number of ranks"
+        )
+    mine = rows[rank() :: ranks]
+    return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+
+def all_max(value: torch.Tensor) -> torch.Tensor:
+    """The elementwise maximum of `value` over all ranks; all ranks must call it."""
+    if world_size() == 1:
+        return value
+    largest = value.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest

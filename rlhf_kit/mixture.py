@@ -1,0 +1,126 @@
+"""The mixture loss: the pretraining objective inside PPO (InstructGPT's PPO-ptx).
+
+InstructGPT multiplies the language model loss by 27.8 (equation 2 and appendix C.4). That number
+belongs to its batch sizes and reward scale; elsewhere it drowns PPO or does nothing. The default
+here measures both gradients now and then, and sets the weight so that the mixture's is a given
+share of PPO's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_kit import distributed
+from rlhf_kit.config import RunConfig, exact_div, require
+from rlhf_kit.functional import language_model_loss, mixture_weight
+from rlhf_kit.hybrid_engine.training import TrainingEngine
+from rlhf_kit.rlhf_engine import RLHFEngine
+from rlhf_kit.sft import language_model_forward
+from rlhf_kit.tokenization import Encoded, SFTBatch, collate_sft
+
+MEASURE_EVERY = 10
+"""Optimiser steps between two measurements of the gradient norms."""
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> float:
+    """Global norm of per-rank partial gradients, summed over ranks first."""
+    flat = distributed.all_sum(torch.cat([g.flatten().float() for g in gradients]))
+    return float(flat.norm())
+
+
+def probe_parameters(engine: TrainingEngine) -> list[torch.nn.Parameter]:
+    """The trained matrices of the last layer: where the two gradients are compared.
+
+    A whole backward pass twice would double the cost of a step; the last layer's share of it is
+    cheap, and both losses reach it through the same head.
+    """
+    trained = [
+        (name, p)
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad and p.dim() >= 2
+    ]
+    layers = [(int(part), p) for name, p in trained for part in name.split(".") if part.isdigit()]
+    require(bool(layers), "the actor has no numbered layers to measure the mixture loss on")
+    last = max(number for number, _ in layers)
+    return [p for number, p in layers if number == last]
+
+
+class MixtureLoss:
+    """Draws text for each optimiser step and adds its weighted gradient to the actor's."""
+
+    def __init__(self, rows: Sequence[Encoded], engine: RLHFEngine, args: RunConfig):
+        self.rows = rows
+        self.actor = engine.actor
+        self.config = args.ppo.mixture
+        self.seed = args.seed
+        self.micro_batch_size = args.ppo.micro_batch_size
+        self.pad_token_id = engine.tokenizer.pad_token_id
+        size = max(int(args.ppo.minibatch_size * self.config.batch_ratio), 1)
+        exact_div(size, distributed.world_size(), "mixture rows a minibatch / ranks")
+        self.batch_size = size
+        self.steps = 0
+        self.weight = self.config.ptx_coef if self.config.kind == "coef" else 0.0
+        if self.config.kind == "grad_norm_ratio":
+            require(
+                self.actor.config.zero_stage < 3,
+                "ppo.mixture.kind grad_norm_ratio needs whole gradients, which ZeRO-3 never has; "
+                "set ppo.mixture.kind to coef, or actor_engine.zero_stage to 2",
+            )
+
+    def _batches(self) -> tuple[list[SFTBatch], float]:
+        """This step's micro-batches, and its loss tokens over all ranks."""
+        generator = torch.Generator().manual_seed(
+            distributed.derive_seed("mixture", self.seed, self.steps)
+        )
+        index = torch.randint(len(self.rows), (self.batch_size,), generator=generator)
+        rows = [self.rows[i] for i in index.tolist()]
+        batches = [
+            collate_sft(part, pad_token_id=self.pad_token_id).to(self.actor.device)
+            for part in distributed.micro_batches(rows, self.micro_batch_size)
+        ]
+        tokens = torch.tensor(
+            float(sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)),
+            device=self.actor.device,
+        )
+        return batches, float(distributed.all_sum(tokens))
+
+    def _loss(self, batch: SFTBatch, tokens: float) -> Tensor:
+        logits = language_model_forward(self.actor, batch)
+        return language_model_loss(logits, batch.input_ids, batch.loss_mask, denominator=tokens)
+
+    def measure(self, ppo_norm: Callable[..., float], *minibatch: object) -> None:
+        """Set the weight from both gradients' norms, on the first and every tenth step.
+
+        `ppo_norm(*minibatch, probes)` gives the norm of the policy gradient on the probes.
+        """
+        if self.config.kind != "grad_norm_ratio" or self.steps % MEASURE_EVERY:
+            return
+        probes = probe_parameters(self.actor)
+        policy = ppo_norm(*minibatch, probes)
+        batches, tokens = self._batches()
+        total = [torch.zeros_like(p, dtype=torch.float32) for p in probes]
+        for batch in batches:
+            for sum_, grad in zip(
+                total, torch.autograd.grad(self._loss(batch, tokens), probes), strict=True
+            ):
+                sum_ += grad
+        measured = mixture_weight(gradient_norm(total), policy, ratio=self.config.ratio)
+        # Norms of single minibatches are noisy: move halfway, in the logarithm.
+        self.weight = measured if not self.weight else (self.weight * measured) ** 0.5
+
+    def backward(self) -> dict[str, float]:
+        """Add the weighted gradient of one batch of text to the actor's."""
+        batches, tokens = self._batches()
+        total = torch.zeros((), device=self.actor.device)
+        for batch in batches:
+            loss = self._loss(batch, tokens)
+            self.actor.backward(self.weight * loss)
+            total += loss.detach()
+        self.steps += 1
+        return {
+            "mixture/loss": float(distributed.all_sum(total)),
+            "mixture/coef": self.weight,
+        }

@@ -1,0 +1,215 @@
+"""The four models of PPO, each in its engine: actor, ref, critic, reward model; and the EMA.
+
+Shapes: B batch, P prompt, R response, T = P + R, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_kit import distributed
+from rlhf_kit.config import RunConfig, exact_div, require
+from rlhf_kit.ema import EMA
+from rlhf_kit.functional import token_logprobs
+from rlhf_kit.hybrid_engine.engine import HybridEngine
+from rlhf_kit.hybrid_engine.training import TrainingEngine, start_deepspeed
+from rlhf_kit.models import (
+    ValueModel,
+    adapters_off,
+    add_lora,
+    load_causal_lm,
+    load_scorer,
+    resolve_model,
+    response_logits,
+    saved_normalisation,
+)
+from rlhf_kit.reward import last_token_scores
+from rlhf_kit.tokenization import (
+    decode_response,
+    encode_scored,
+    load_tokenizer,
+    prepare_tokenizer,
+    same_tokenizer,
+    stop_token_ids,
+)
+from rlhf_kit.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def trim(
+    sequences: Tensor, attention_mask: Tensor, response_length: int
+) -> tuple[Tensor, Tensor, int, int]:
+    """Cut columns that are padding in every row, left and right.
+
+    [B, T] ids and mask, R -> ids, mask, the longest response left r <= R, and the number of
+    columns cut on the left. Only the padding of a micro-batch's own longest row is computed on.
+    """
+    used = attention_mask.any(0).nonzero().squeeze(1)
+    left, right = int(used[0]), int(used[-1]) + 1
+    prompt_length = sequences.shape[1] - response_length
+    right = max(right, prompt_length + 1)
+    kept = right - prompt_length
+    return sequences[:, left:right], attention_mask[:, left:right], kept, left
+
+
+class RLHFEngine:
+    """Actor, ref, critic, reward model and EMA, ready for `PPOTrainer`.
+
+    The actor starts from a SFT model and the ref stays there. Critic and reward model start
+    from the reward model's directory. Where the reward model has another tokenizer than the
+    actor, responses are scored as re-encoded text, and the critic, which must value the actor's
+    own tokens, starts from the actor's weights with a fresh head.
+
+    DeepSpeed Chat calls this class DeepSpeedRLHFEngine; rlhf_kit exports that name too.
+    """
+
+    def __init__(
+        self,
+        *,
+        actor_model_name_or_path: str,
+        critic_model_name_or_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        num_total_iters: int,
+        args: RunConfig,
+    ):
+        """`num_total_iters` rollouts decide how long the learning rate schedules are."""
+        start_deepspeed()
+        self.args = args
+        self.tokenizer = tokenizer
+        self.device = distributed.local_device()
+        ppo, ranks = args.ppo, distributed.world_size()
+        local = exact_div(ppo.minibatch_size, ranks, "ppo.minibatch_size / ranks")
+        exact_div(
+            local, ppo.micro_batch_size, "ppo.minibatch_size on each rank / ppo.micro_batch_size"
+        )
+        updates = ppo.epochs * exact_div(
+            ppo.batch_size, ppo.minibatch_size, "ppo.batch_size / ppo.minibatch_size"
+        )
+        actor_iterations = max(num_total_iters - ppo.critic_warmup_iterations, 1)
+        distributed.seed_everything(args.seed)
+
+        actor = load_causal_lm(actor_model_name_or_path, tokenizer, dtype=args.actor_engine.dtype)
+        if args.actor_engine.lora.rank:
+            require(args.actor_engine.lora.dropout == 0, "lora dropout must be 0 in PPO")
+            add_lora(actor, args.actor_engine.lora)
+        self._ref = None
+        if not args.actor_engine.lora.rank:
+            self._ref = load_causal_lm(
+                actor_model_name_or_path, tokenizer, dtype=args.actor_engine.dtype
+            ).to(self.device)
+            self._ref.eval().requires_grad_(False)
+        self.actor = HybridEngine(
+            actor,
+            args.actor_engine,
+            ppo.actor_optimizer,
+            total_steps=actor_iterations * updates,
+            eos_token_ids=stop_token_ids(tokenizer, actor),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        self.ema = EMA(self.actor.module, ppo.ema) if ppo.ema.enabled else None
+
+        self.reward_tokenizer = _tokenizer_of(critic_model_name_or_path, tokenizer)
+        self.shares_tokenizer = same_tokenizer(tokenizer, self.reward_tokenizer)
+        scorer = load_scorer(
+            critic_model_name_or_path, self.reward_tokenizer, dtype=args.critic_engine.dtype
+        )
+        self.score_mean, self.score_std = saved_normalisation(scorer)
+        self.reward = ValueModel(scorer).to(self.device).eval().requires_grad_(False)
+        if self.shares_tokenizer:
+            value_model = ValueModel(
+                load_scorer(critic_model_name_or_path, tokenizer, dtype=args.critic_engine.dtype),
+                mean=self.score_mean,
+                std=self.score_std,
+            )
+        else:
+            distributed.print_main(
+                "the reward model has another tokenizer: responses are re-encoded for it, and "
+                "the critic starts from the actor with a fresh head"
+            )
+            value_model = ValueModel(
+                load_scorer(actor_model_name_or_path, tokenizer, dtype=args.critic_engine.dtype)
+            )
+        if args.critic_engine.lora.rank:
+            add_lora(value_model.scorer, args.critic_engine.lora)
+        self.critic = TrainingEngine(
+            value_model,
+            args.critic_engine,
+            ppo.critic_optimizer,
+            total_steps=num_total_iters * updates,
+        )
+
+    @contextlib.contextmanager
+    def _ref_model(self):
+        """The frozen SFT model: a copy, or the actor with its adapters off."""
+        if self._ref is not None:
+            yield self._ref
+        else:
+            with adapters_off(self.actor.module):
+                yield self.actor.module
+
+    def actor_logits(
+        self, sequences: Tensor, attention_mask: Tensor, response_length: int
+    ) -> Tensor:
+        """[B, R, V] logits that predict the responses, with gradient where it is enabled."""
+        return response_logits(self.actor, sequences, attention_mask, response_length)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def actor_logprobs(
+        self, sequences: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+    ) -> Tensor:
+        """[B, R] logprobs of the responses under the actor as it is now."""
+        logits = self.actor_logits(sequences, attention_mask, response_length)
+        return token_logprobs(logits, sequences[:, -response_length:], temperature=temperature)
+
+    @torch.no_grad()
+    def ref_logprobs(
+        self, sequences: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+    ) -> Tensor:
+        """[B, R] logprobs of the responses under the frozen SFT model."""
+        with self._ref_model() as ref:
+            logits = response_logits(ref, sequences, attention_mask, response_length)
+        return token_logprobs(logits, sequences[:, -response_length:], temperature=temperature)
+
+    def values(self, sequences: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
+        """[B, R] the critic's value of the state before each response token."""
+        values = self.critic(sequences, attention_mask)
+        return values[:, -response_length - 1 : -1]
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Tensor:
+        """[B] raw scores, read at each response's last token, the EOS where there is one."""
+        if self.shares_tokenizer:
+            mask = rollout.attention_mask
+            last = rollout.prompts.input_ids.shape[1] + rollout.response_mask.sum(-1) - 1
+            return last_token_scores(self.reward(rollout.sequences, mask), last)
+        responses = [
+            decode_response(self.tokenizer, ids[mask].tolist())
+            for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
+        ]
+        batch = encode_scored(
+            self.reward_tokenizer,
+            rollout.prompts.dialogues,
+            responses,
+            ended=rollout.ended.tolist(),
+            max_length=self.args.data.max_length,
+        ).to(self.device)
+        values = self.reward(batch.input_ids, batch.attention_mask)
+        return last_token_scores(values, batch.last_index)
+
+
+def _tokenizer_of(model: str, actor_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model; a local directory without one uses the actor's."""
+    path = resolve_model(model)
+    if os.path.isdir(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        return actor_tokenizer
+    tokenizer = load_tokenizer(path)
+    prepare_tokenizer(tokenizer)
+    return tokenizer

@@ -1,0 +1,133 @@
+"""From a rollout to the experience PPO learns from.
+
+Shapes: B batch, R response tokens, T = P + R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_kit import distributed
+from rlhf_kit import functional as f
+from rlhf_kit.config import PPOConfig
+from rlhf_kit.rlhf_engine import RLHFEngine, trim
+from rlhf_kit.types import Experience, Rollout
+
+
+def _by_micro_batch(
+    compute: Callable[[Tensor, Tensor, int], Tensor],
+    sequences: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+    size: int,
+) -> Tensor:
+    """`compute(ids, mask, r) -> [b, r]` over parts of `size` rows, padded back to [B, R]."""
+    parts = []
+    for start in range(0, sequences.shape[0], size):
+        ids, mask, kept, _ = trim(
+            sequences[start : start + size], attention_mask[start : start + size], response_length
+        )
+        parts.append(F.pad(compute(ids, mask, kept), (0, response_length - kept)))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def make_experience(
+    rollout: Rollout,
+    models: RLHFEngine,
+    config: PPOConfig,
+    *,
+    kl_coef: float,
+    temperature: float,
+) -> tuple[Experience, dict[str, float]]:
+    """Score a rollout and turn it into per-token rewards, advantages and returns.
+
+    Old logprobs and values are computed in the micro-batches of the first minibatches to come,
+    row for row, so that the first ratio is 1 to the last bit. Returns the experience of this
+    rank's rows and the metrics of all ranks' rows.
+    """
+    response_length = rollout.response_ids.shape[1]
+    mask = rollout.response_mask
+    scored = (rollout.sequences, rollout.attention_mask, response_length)
+    size = config.micro_batch_size
+
+    def logprobs_by(source: Callable[[Tensor, Tensor, int, float], Tensor]) -> Tensor:
+        return _by_micro_batch(lambda *batch: source(*batch, temperature), *scored, size)
+
+    models.actor.eval()
+    models.critic.eval()
+    raw_score = models.score(rollout)
+    score = f.shape_score(
+        raw_score,
+        rollout.ended,
+        mean=models.score_mean if config.normalize_score else 0.0,
+        std=models.score_std if config.normalize_score else 1.0,
+        clip=config.score_clip,
+        missing_eos_score=config.missing_eos_score,
+    )
+    if config.old_logprobs == "rollout":
+        old_logprobs = rollout.logprobs
+    else:
+        old_logprobs = logprobs_by(models.actor_logprobs)
+    ref_logprobs = logprobs_by(models.ref_logprobs)
+    values = _by_micro_batch(models.values, *scored, size)
+
+    rewards = f.token_rewards(score, old_logprobs, ref_logprobs, mask, kl_coef=kl_coef)
+    advantages, returns = f.gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
+    mean, std = f.mean_and_std(distributed.all_sum(f.moments(advantages, mask)))
+    if config.whiten_advantages:
+        advantages = f.whiten(advantages, mask, mean=mean, std=std)
+    experience = Experience(
+        sequences=rollout.sequences,
+        attention_mask=rollout.attention_mask,
+        response_mask=mask,
+        rollout_logprobs=rollout.logprobs,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        score=score,
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+    )
+    metrics = _rollout_metrics(rollout, experience, raw_score)
+    return experience, {**metrics, "advantage/mean": mean, "advantage/std": std}
+
+
+def _rollout_metrics(
+    rollout: Rollout, experience: Experience, raw_score: Tensor
+) -> dict[str, float]:
+    """Means over the responses, or the response tokens, of all ranks."""
+    mask = experience.response_mask
+    k1 = f.kl_k1(experience.old_logprobs, experience.ref_logprobs)
+    k3 = f.kl_k3(experience.old_logprobs, experience.ref_logprobs)
+    gap = (experience.rollout_logprobs - experience.old_logprobs).abs()
+    variance = f.explained_variance(experience.values, experience.returns, mask)
+    ended = rollout.ended.float().sum()
+    sums = {
+        "objective/kl": f.masked_sum(k1, mask),
+        "objective/kl_k3": f.masked_sum(k3, mask),
+        "objective/score_raw": raw_score.sum(),
+        "objective/score": experience.score.sum(),
+        "objective/reward_sum": f.masked_sum(experience.rewards, mask),
+        "response/length": mask.sum(),
+        "response/eos_rate": ended,
+        "response/truncated_rate": len(experience) - ended,
+        "value/explained_variance": variance * len(experience),
+    }
+    totals = torch.stack([value.double() for value in sums.values()])
+    rows = torch.tensor([float(len(experience))], dtype=torch.float64, device=totals.device)
+    tokens = mask.sum().double().reshape(1)
+    gap_sum = f.masked_sum(gap, mask).double().reshape(1)
+    totals = distributed.all_sum(torch.cat([totals, rows, tokens, gap_sum])).tolist()
+    *totals, rows_total, tokens_total, gap_total = totals
+    largest = torch.where(mask, gap, torch.zeros_like(gap)).max()
+    return {
+        **{key: total / rows_total for key, total in zip(sums, totals, strict=True)},
+        "engine/logprob_gap_mean": gap_total / max(tokens_total, 1.0),
+        "engine/logprob_gap_max": float(distributed.all_max(largest)),
+    }

@@ -1,0 +1,84 @@
+"""Stage 1: supervised fine-tuning on demonstrations, with the loss on responses only.
+
+Shapes: B batch, T sequence tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlhf_kit import distributed
+from rlhf_kit.config import SFTConfig
+from rlhf_kit.functional import language_model_loss
+from rlhf_kit.hybrid_engine.training import TrainingEngine
+from rlhf_kit.models import position_ids
+from rlhf_kit.tokenization import Encoded, SFTBatch, collate_sft
+
+
+def language_model_forward(engine: TrainingEngine, batch: SFTBatch) -> torch.Tensor:
+    """Logits [B, T, V] of a right-padded batch, which must lie on the engine's device."""
+    return engine(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=position_ids(batch.attention_mask),
+        use_cache=False,
+    ).logits
+
+
+class SFTTrainer:
+    """`step(rows)` trains on the rows of one global batch, `evaluate(rows)` gives their loss."""
+
+    def __init__(self, engine: TrainingEngine, config: SFTConfig, *, pad_token_id: int):
+        self.engine = engine
+        self.config = config
+        self.pad_token_id = pad_token_id
+
+    def _batches(self, rows: Sequence[Encoded]) -> list[SFTBatch]:
+        """This rank's micro-batches, on the device."""
+        return [
+            collate_sft(part, pad_token_id=self.pad_token_id).to(self.engine.device)
+            for part in distributed.micro_batches(rows, self.config.micro_batch_size)
+        ]
+
+    def _loss_tokens(self, batches: Sequence[SFTBatch]) -> float:
+        """Response tokens of the global batch: what every token's loss is divided by."""
+        count = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
+        return float(distributed.all_sum(torch.tensor(float(count), device=self.engine.device)))
+
+    def step(self, rows: Sequence[Encoded]) -> dict[str, float]:
+        """One optimiser step; the metrics are means over all response tokens of the batch."""
+        self.engine.train()
+        batches = self._batches(rows)
+        tokens = self._loss_tokens(batches)
+        total = torch.zeros((), device=self.engine.device)
+        for batch in batches:
+            loss = language_model_loss(
+                language_model_forward(self.engine, batch),
+                batch.input_ids,
+                batch.loss_mask,
+                denominator=tokens,
+            )
+            self.engine.backward(loss)
+            total += loss.detach()
+        info = self.engine.step()
+        return {
+            "loss/train": float(distributed.all_sum(total)),
+            "optim/lr": info.learning_rate,
+            "optim/grad_norm": info.grad_norm,
+        }
+
+    @torch.no_grad()
+    def evaluate(self, rows: Sequence[Encoded]) -> float:
+        """Mean loss a response token over `rows`, weighted by tokens and not by batches."""
+        self.engine.eval()
+        batches = self._batches(rows)
+        tokens = self._loss_tokens(batches)
+        total = torch.zeros((), device=self.engine.device)
+        for batch in batches:
+            logits = language_model_forward(self.engine, batch)
+            total += language_model_loss(
+                logits, batch.input_ids, batch.loss_mask, denominator=tokens
+            )
+        return float(distributed.all_sum(total))
