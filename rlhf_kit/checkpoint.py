@@ -19,7 +19,7 @@ from torch import nn
 
 from rlhf_kit import distributed
 from rlhf_kit.config import require
-from rlhf_kit.models import has_adapters, merged_state_dict
+from rlhf_kit.models import has_adapters, merged_state_dict, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +105,8 @@ def _save_pretrained(model: Any, state: dict, directory: Path) -> None:
     for name in tied:
         state.pop(name, None)
     try:
-        model.save_pretrained(directory, state_dict=state)
+        with quiet_transformers():
+            model.save_pretrained(directory, state_dict=state)
     finally:
         model.config.use_cache = use_cache
         model._hf_peft_config_loaded = peft_loaded

@@ -48,16 +48,19 @@ def resolve_model(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """A fresh score head is expected here and reported by us; transformers prints a table."""
+def quiet_transformers() -> Iterator[None]:
+    """A fresh score head is expected here, where transformers prints a table and bars."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -90,7 +93,7 @@ def _load(auto_class: Any, name: str, dtype: str, **kwargs: Any) -> tuple[PreTra
         )
     common = {"local_files_only": local, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(path, **common, **kwargs)
-    with _quiet_transformers():
+    with quiet_transformers():
         model, info = auto_class.from_pretrained(
             path,
             config=config,

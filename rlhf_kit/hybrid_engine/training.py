@@ -28,7 +28,11 @@ def start_deepspeed() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import logging
+    import warnings
 
+    # torch renamed two collectives that DeepSpeed still calls by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -101,10 +105,25 @@ class TrainingEngine:
             eps=optimizer.eps,
             fused=not config.offload_optimizer,
         )
+        # A plain optimiser under DeepSpeed clips without telling the norm: here we do it, at the
+        # one moment when gradients are reduced over ranks and not yet used.
+        self._plain = config.zero_stage == 0 and config.dtype == "fp32"
+        self._grad_norm = 0.0
+        if self._plain:
+            adamw.register_step_pre_hook(self._clip)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=adamw,
-            config=deepspeed_config(config, max_grad_norm=optimizer.max_grad_norm),
+            config=deepspeed_config(
+                config, max_grad_norm=0.0 if self._plain else optimizer.max_grad_norm
+            ),
+        )
+
+    def _clip(self, *_: Any) -> None:
+        self._grad_norm = float(
+            nn.utils.clip_grad_norm_(
+                self.deepspeed.module.parameters(), self.optimizer_config.max_grad_norm
+            )
         )
 
     @property
@@ -144,5 +163,5 @@ class TrainingEngine:
             group["lr"] = rate
         self.deepspeed.step()
         self.steps_done += 1
-        norm = self.deepspeed.get_global_grad_norm()
-        return StepInfo(learning_rate=rate, grad_norm=float(norm if norm is not None else 0.0))
+        norm = self._grad_norm if self._plain else self.deepspeed.get_global_grad_norm()
+        return StepInfo(learning_rate=rate, grad_norm=float(norm))
