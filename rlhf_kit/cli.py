@@ -80,8 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat_.add_argument(
         "--checkpoint",
         choices=("base", "sft", "final", "ema"),
-        default="final",
-        help="which model of a run (default: final)",
+        help="which model of a run; default: final",
     )
     chat_.add_argument("--system", metavar="TEXT", default="", help="a system message")
     chat_.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
