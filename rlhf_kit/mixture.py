@@ -9,6 +9,7 @@ share of PPO's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,8 +88,8 @@ class MixtureLoss:
         )
         return batches, float(distributed.all_sum(tokens))
 
-    def _loss(self, batch: SFTBatch, tokens: float) -> Tensor:
-        logits = language_model_forward(self.actor, batch)
+    def _loss(self, model: Callable[..., Any], batch: SFTBatch, tokens: float) -> Tensor:
+        logits = language_model_forward(model, batch)
         return language_model_loss(logits, batch.input_ids, batch.loss_mask, denominator=tokens)
 
     def measure(self, ppo_norm: Callable[..., float], *minibatch: object) -> None:
@@ -103,9 +104,8 @@ class MixtureLoss:
         batches, tokens = self._batches()
         total = [torch.zeros_like(p, dtype=torch.float32) for p in probes]
         for batch in batches:
-            for sum_, grad in zip(
-                total, torch.autograd.grad(self._loss(batch, tokens), probes), strict=True
-            ):
+            loss = self._loss(self.actor.module, batch, tokens)
+            for sum_, grad in zip(total, torch.autograd.grad(loss, probes), strict=True):
                 sum_ += grad
         measured = mixture_weight(gradient_norm(total), policy, ratio=self.config.ratio)
         # Norms of single minibatches are noisy: move halfway, in the logarithm.
@@ -116,7 +116,7 @@ class MixtureLoss:
         batches, tokens = self._batches()
         total = torch.zeros((), device=self.actor.device)
         for batch in batches:
-            loss = self._loss(batch, tokens)
+            loss = self._loss(self.actor, batch, tokens)
             self.actor.backward(self.weight * loss)
             total += loss.detach()
         self.steps += 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,10 +205,11 @@ def saved_normalisation(scorer: PreTrainedModel) -> tuple[float, float]:
 
 
 def response_logits(
-    model: nn.Module, sequences: Tensor, attention_mask: Tensor, response_length: int
+    model: Callable[..., Any], sequences: Tensor, attention_mask: Tensor, response_length: int
 ) -> Tensor:
     """Logits [B, R, V] that predict the last R = `response_length` tokens of [B, T] sequences.
 
+    `model` is a causal LM or an engine around one.
     Logits of the prompt are never made (`logits_to_keep`): most of T x V would be waste.
     """
     logits = model(

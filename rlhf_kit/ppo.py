@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from rlhf_kit import functional as f
 from rlhf_kit.config import GenerationConfig, RunConfig, require
 from rlhf_kit.metrics import Phases
 from rlhf_kit.mixture import MixtureLoss, gradient_norm
+from rlhf_kit.models import response_logits
 from rlhf_kit.rlhf_engine import RLHFEngine, trim
 from rlhf_kit.rollout import make_experience
 from rlhf_kit.tokenization import Encoded
@@ -144,7 +146,7 @@ class PPOTrainer:
             micro = experience.rows(index)
             parts = self._value_backward(micro, tokens)
             if train_actor:
-                loss, metrics = self._policy(micro, tokens)
+                loss, metrics = self._policy(self.engine.actor, micro, tokens)
                 self.engine.actor.backward(loss)
                 parts |= {"policy/loss": loss.detach(), **metrics}
             for key, value in parts.items():
@@ -163,12 +165,14 @@ class PPOTrainer:
         self._check_finite(metrics)
         return metrics
 
-    def _policy(self, micro: Experience, tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _policy(
+        self, actor: Any, micro: Experience, tokens: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy loss of a micro-batch, as its share of the minibatch's mean."""
         length = micro.response_mask.shape[1]
         ids, mask, kept, _ = trim(micro.sequences, micro.attention_mask, length)
         response_mask = micro.response_mask[:, :kept]
-        logits = self.engine.actor_logits(ids, mask, kept)
+        logits = response_logits(actor, ids, mask, kept)
         temperature = self.generation.temperature
         logprobs = f.token_logprobs(logits, ids[:, -kept:], temperature=temperature)
         old_logprobs = micro.old_logprobs[:, :kept]
@@ -209,10 +213,13 @@ class PPOTrainer:
     def _policy_gradient_norm(
         self, experience: Experience, tokens: float, probes: Sequence[Tensor]
     ) -> float:
-        """Norm of the whole minibatch's policy gradient on `probes`, without stepping."""
+        """Norm of the whole minibatch's policy gradient on `probes`, without stepping.
+
+        On the bare module: DeepSpeed allows no second way to call backward through its engine.
+        """
         total = [torch.zeros_like(p, dtype=torch.float32) for p in probes]
         for index in torch.arange(len(experience)).split(self.config.micro_batch_size):
-            loss, _ = self._policy(experience.rows(index), tokens)
+            loss, _ = self._policy(self.engine.actor.module, experience.rows(index), tokens)
             for sum_, grad in zip(total, torch.autograd.grad(loss, probes), strict=True):
                 sum_ += grad
         return gradient_norm(total)

@@ -155,18 +155,12 @@ class RLHFEngine:
             with adapters_off(self.actor.module):
                 yield self.actor.module
 
-    def actor_logits(
-        self, sequences: Tensor, attention_mask: Tensor, response_length: int
-    ) -> Tensor:
-        """[B, R, V] logits that predict the responses, with gradient where it is enabled."""
-        return response_logits(self.actor, sequences, attention_mask, response_length)  # type: ignore[arg-type]
-
     @torch.no_grad()
     def actor_logprobs(
         self, sequences: Tensor, attention_mask: Tensor, response_length: int, temperature: float
     ) -> Tensor:
         """[B, R] logprobs of the responses under the actor as it is now."""
-        logits = self.actor_logits(sequences, attention_mask, response_length)
+        logits = response_logits(self.actor, sequences, attention_mask, response_length)
         return token_logprobs(logits, sequences[:, -response_length:], temperature=temperature)
 
     @torch.no_grad()

@@ -5,7 +5,8 @@ Shapes: B batch, T sequence tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,9 +18,9 @@ from rlhf_kit.models import position_ids
 from rlhf_kit.tokenization import Encoded, SFTBatch, collate_sft
 
 
-def language_model_forward(engine: TrainingEngine, batch: SFTBatch) -> torch.Tensor:
-    """Logits [B, T, V] of a right-padded batch, which must lie on the engine's device."""
-    return engine(
+def language_model_forward(model: Callable[..., Any], batch: SFTBatch) -> torch.Tensor:
+    """Logits [B, T, V] of a right-padded batch by a causal LM, or an engine around one."""
+    return model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=position_ids(batch.attention_mask),
