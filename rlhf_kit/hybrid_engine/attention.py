@@ -23,12 +23,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_kit.config import require
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
 
 NAME = "rlhf_kit_decode"
 
 _IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 """Keywords that layers pass on and that do not change the arithmetic."""
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError, by name, for a model that cannot attend through this module."""
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    require(hasattr(config, "get_text_config"), f"{name} is not a transformers model")
+    require(not config.is_encoder_decoder, f"{name} is an encoder-decoder, not a causal LM")
+    require(
+        model._supports_attention_backend,
+        f"{name} does not attend through transformers' attention interface, which decoding needs",
+    )
+
+
+def check_layers(model: Any, cache: KVCache) -> None:
+    """Raise ValueError unless every layer of the model wrote to the cache."""
+    layers = model.config.get_text_config().num_hidden_layers
+    if sorted(cache.layers) != list(range(layers)):
+        raise ValueError(
+            f"{type(model).__name__} attends through transformers' attention interface in "
+            f"{len(cache.layers)} of {layers} layers, but decoding needs it in all of them"
+        )
+
+
+def check_length(model: Any, longest: int) -> None:
+    """Raise ValueError where a sequence of `longest` tokens would outgrow the positions."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or longest <= limit:
+        return
+    words = model.get_input_embeddings()
+    learned = any(
+        isinstance(module, nn.Embedding)
+        and module is not words
+        # OPT keeps two rows more than it has positions.
+        and limit <= module.num_embeddings <= limit + 2
+        for module in model.modules()
+    )
+    require(
+        not learned,
+        f"prompt and response may take {longest} tokens, but {type(model).__name__} has {limit} "
+        "positions: lower max_new_tokens or drop longer prompts",
+    )
+    rope = str(getattr(config, "rope_parameters", None))
+    require(
+        "dynamic" not in rope and "longrope" not in rope,
+        f"prompt and response may take {longest} tokens, but beyond {limit} the rotary positions "
+        f"of {type(model).__name__} depend on the whole batch: lower max_new_tokens",
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +191,7 @@ def own_attention(model: nn.Module) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attention)
-    configs = {id(m.config): m.config for m in model.modules() if _names_attention(m)}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if _chooses(m)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     training = [module for module in model.modules() if module.training]
     try:
@@ -157,12 +207,12 @@ def own_attention(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _names_attention(module: nn.Module) -> bool:
+def _chooses(module: nn.Module) -> bool:
     return hasattr(getattr(module, "config", None), "_attn_implementation")
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -183,21 +233,28 @@ def _attention(
     assert dropout == 0.0, "dropout is off while we generate"
     name = type(module).__name__
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    unknown = sorted(k for k, v in others.items() if v is not None and k not in _IGNORED)
+    kind = _layer_type(module)
+    # Switches come as False and features as tensors, numbers or True.
+    unknown = [
+        k for k, v in others.items() if k not in _IGNORED and v is not None and v is not False
+    ]
+    refused = None
     if plan is None:
-        raise ValueError(f"{name} keeps keywords from its attention: generate with it plainly")
-    if attention_mask is not None or not causal:
-        raise ValueError(f"{name} attends with a mask of its own, which decoding does not know")
-    if unknown:
-        raise ValueError(f"{name} attends with {', '.join(unknown)}, which decoding does not know")
-    if sliding_window is None and _layer_type(module) not in (None, "full_attention"):
-        raise ValueError(f"{name} uses {_layer_type(module)}, which decoding does not know")
+        refused = "hides from its attention the keywords its forward was given"
+    elif attention_mask is not None or not causal:
+        refused = "attends with a mask of its own"
+    elif unknown:
+        refused = f"attends with {', '.join(sorted(unknown))}"
+    elif sliding_window is None and kind not in (None, "full_attention"):
+        refused = f"uses {kind}"
+    if plan is None or refused is not None:
+        raise ValueError(f"{name} {refused}, which decoding does not support")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = Rule(scale, sliding_window, softcap)
     return plan.attend(module.layer_idx, query, key, value, rule)[None], None
 
 
-def _layer_type(module: nn.Module) -> str | None:
+def _layer_type(module: Any) -> str | None:
     types = getattr(module.config, "layer_types", None)
     return types[module.layer_idx] if types else None
 

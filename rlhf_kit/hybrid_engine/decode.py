@@ -22,14 +22,21 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kit.config import GenerationConfig, require
-from rlhf_kit.hybrid_engine.attention import PromptPlan, TokenPlan, own_attention
+from rlhf_kit.hybrid_engine.attention import (
+    PromptPlan,
+    TokenPlan,
+    check_layers,
+    check_length,
+    check_model,
+    own_attention,
+)
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
 from rlhf_kit.hybrid_engine.sampling import draw, log_distribution, uniforms
 from rlhf_kit.types import PromptBatch, Rollout
 
 PROMPT_TOKENS = 16384
 """Prompt tokens a forward pass, at most (a longer prompt goes alone)."""
-REFILL_SHARE = 8
+REFILL_SHARE = 4
 """Waiting prompts enter when a slot in this many is free: a forward pass has a fixed cost."""
 
 
@@ -85,15 +92,17 @@ class Decoder:
     def __init__(
         self, model: nn.Module, *, eos_token_ids: Sequence[int], pad_token_id: int
     ) -> None:
-        self.model: Any = _without_adapter_wrapper(model)
+        self.model = _without_adapter_wrapper(model)
         self.pad_token_id = pad_token_id
         self.eos_token_ids = tuple(eos_token_ids)
         self.last_stats: DecodeStats | None = None
         require(len(self.eos_token_ids) > 0, "name at least one EOS token id to stop at")
-        name = type(self.model).__name__
-        config = getattr(self.model, "config", None)
-        require(hasattr(config, "get_text_config"), f"{name} is no transformers model")
-        require(not config.is_encoder_decoder, f"{name} is an encoder-decoder, not a causal LM")
+        check_model(self.model)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        require(
+            all(0 <= token < vocabulary for token in self.eos_token_ids),
+            f"EOS token ids {self.eos_token_ids} are not all in the vocabulary of {vocabulary}",
+        )
 
     @torch.no_grad()
     def generate(self, prompts: PromptBatch, generation: GenerationConfig) -> Rollout:
@@ -136,6 +145,7 @@ class Decoder:
             with torch.no_grad(), own_attention(self.model):
                 run.admit() if run.waiting else run.step()
             at = run.produced[0] - 1
+            _check_finite(run.logprobs[0, at])
             yield Token(int(run.response_ids[0, at]), float(run.logprobs[0, at]))
 
 
@@ -155,7 +165,7 @@ class _Run:
         self.prompt_len: list[int] = mask.sum(dim=1).tolist()
         require(min(self.prompt_len, default=1) > 0, "a prompt of the batch has no tokens")
         longest = max(self.prompt_len, default=0) + generation.max_new_tokens
-        _check_length(self.model, longest)
+        check_length(self.model, longest)
         self.packed = prompts.input_ids[mask].to(device)
         self.offsets = [0]
         for length in self.prompt_len:
@@ -216,8 +226,7 @@ class _Run:
         longest = max(self.produced, default=0)
         lengths = torch.tensor(self.produced, dtype=torch.long, device=home)
         logprobs = self.logprobs[:, :longest].to(home)
-        if not bool(logprobs.isfinite().all()):
-            raise ValueError("the model's logits are not finite: look for a diverged update")
+        _check_finite(logprobs)
         return Rollout(
             prompts=self.prompts,
             response_ids=self.response_ids[:, :longest].to(home),
@@ -255,7 +264,7 @@ class _Run:
         logits = self._forward(
             self.packed[source], positions.to(device), plan, (ends - 1).to(device)
         )
-        self._check_attention()
+        check_layers(self.model, self.cache)
         slots = slice(first, first + len(rows))
         self.slot[1, slots] = lengths.to(device)
         self.slot[2, slots] = torch.tensor(rows, device=device)
@@ -330,47 +339,16 @@ class _Run:
                 self.active[i] = self.active[j]
         del self.active[left:]
 
-    def _check_attention(self) -> None:
-        name = type(self.model).__name__
-        layers = self.model.config.get_text_config().num_hidden_layers
-        if sorted(self.cache.layers) != list(range(layers)):
-            raise ValueError(
-                f"{name} attends through transformers' attention interface in "
-                f"{len(self.cache.layers)} of {layers} layers; decoding needs all of them"
-            )
 
-
-def _without_adapter_wrapper(model: nn.Module) -> nn.Module:
+def _without_adapter_wrapper(model: Any) -> Any:
     """The transformers model inside a peft model; adapters live in its layers and stay."""
-    if not hasattr(model, "peft_config"):
+    if not hasattr(model, "get_base_model"):
         return model
     kinds = [config for config in model.peft_config.values() if config.is_prompt_learning]
     require(not kinds, "prompt-learning adapters are not decoded here; use LoRA")
     return model.get_base_model()
 
 
-def _check_length(model: Any, longest: int) -> None:
-    """Raise ValueError where a sequence would outgrow the model's positions."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or longest <= limit:
-        return
-    words = model.get_input_embeddings()
-    learned = any(
-        isinstance(module, nn.Embedding)
-        and module is not words
-        # OPT keeps two rows more than it has positions.
-        and limit <= module.num_embeddings <= limit + 2
-        for module in model.modules()
-    )
-    rope = str(getattr(config, "rope_parameters", None))
-    require(
-        not learned,
-        f"prompt and response may take {longest} tokens, but the model has {limit} positions: "
-        "lower max_new_tokens or drop longer prompts",
-    )
-    require(
-        "dynamic" not in rope and "longrope" not in rope,
-        f"prompt and response may take {longest} tokens, but beyond {limit} the model's rotary "
-        "positions depend on the whole batch: lower max_new_tokens",
-    )
+def _check_finite(logprobs: Tensor) -> None:
+    if not bool(logprobs.isfinite().all()):
+        raise ValueError("the model's logits are not finite: look for an update that diverged")
