@@ -398,7 +398,8 @@ def _read_saved(path: Path, split: str) -> Iterator[tuple[str, Any]]:
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise ValueError(f"dataset {path} has no split {split}, only {', '.join(saved)}")
+            there = ", ".join(map(str, saved))
+            raise ValueError(f"dataset {path} has no split {split}, only {there}")
         saved = saved[split]
     return ((f"row {i}", row) for i, row in enumerate(saved, 1))
 

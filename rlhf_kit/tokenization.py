@@ -11,17 +11,26 @@ Shapes: B batch, P prompt tokens, R response tokens, T = P + R.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
-from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rlhf_kit.types import Message, PreferencePair, PromptBatch, Stage
+from rlhf_kit.config import DataConfig
+from rlhf_kit.distributed import is_main_rank
+from rlhf_kit.types import Message, PreferencePair, PromptBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from typing_extensions import Self
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 EOS, PAD = "<|eos|>", "<|pad|>"
@@ -44,7 +53,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
         if {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"} & names:
             return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         if {"vocab.json", "merges.txt"} <= names:  # the original layout of GPT-2
-            return GPT2TokenizerFast.from_pretrained(str(path), local_files_only=True)
+            return GPT2Tokenizer.from_pretrained(str(path), local_files_only=True)
         raise ValueError(f"directory {name_or_path} holds no tokenizer (no tokenizer.json)")
     if path.exists() or str(name_or_path).startswith((".", "/", "~")) or len(path.parts) > 2:
         raise ValueError(f"{name_or_path} is not a directory with a tokenizer")
@@ -80,7 +89,7 @@ class TokenizerReport:
         return f"tokenizer of {self.size} tokens, added: {', '.join(changed) or 'nothing'}"
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerReport:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerReport:
     """Give it, in place, what every stage needs: a chat template, EOS, a PAD that is not EOS."""
     added_template = not tokenizer.chat_template
     if added_template:
@@ -94,6 +103,23 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> TokenizerReport:
     return TokenizerReport(added_template, added_eos, added_pad, len(tokenizer))
 
 
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether a dialogue has the same ids in both, so that no text needs to be encoded anew."""
+    return (
+        one.get_vocab() == other.get_vocab()
+        and one.eos_token == other.eos_token
+        and one.chat_template == other.chat_template
+    )
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
+    """The ids that end a response: the tokenizer's EOS, then others that the model names."""
+    generation = getattr(model, "generation_config", None)
+    named = getattr(generation, "eos_token_id", None)
+    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    return list(dict.fromkeys([cast(int, tokenizer.eos_token_id), *named]))
+
+
 # Text -> ids --------------------------------------------------------------------------------
 
 
@@ -103,13 +129,13 @@ def _pattern(tokens: frozenset[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return _pattern(frozenset(added | set(tokenizer.all_special_tokens)))
 
 
 def _protect(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 ) -> tuple[list[dict[str, str]], dict[int, str]]:
     """Messages whose contents hold no special token, and the map that undoes it.
 
@@ -138,7 +164,7 @@ def _protect(
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerFast, turns: Sequence[dict[str, str]], *, generate: bool
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], *, generate: bool
 ) -> str:
     try:
         text = tokenizer.apply_chat_template(
@@ -149,46 +175,49 @@ def _render(
     return str(text)
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, text: str, originals: dict[int, str]) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, originals: dict[int, str]) -> list[int]:
     """Ids of a rendered text; see `_protect` for `originals`."""
     if not originals:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    as_tokens = {tokenizer.convert_tokens_to_ids(token) for token in originals.values()}
+    as_tokens = set(_ids(tokenizer, originals.values()))
     ids: list[int] = []
     for i, part in enumerate(_special_tokens(tokenizer).split(text)):
         if i % 2:
-            ids.append(tokenizer.convert_tokens_to_ids(part))
+            ids += _ids(tokenizer, [part])
             continue
         plain = part.translate(originals)
-        # An empty text may have ids: sentencepiece begins every text with a space.
-        part_ids = (
-            tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            if plain
-            else []
-        )
+        if not plain:
+            continue
+        part_ids = tokenizer(plain, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         if not as_tokens.isdisjoint(part_ids):
             raise ValueError(
-                f"this tokenizer cannot write {' '.join(originals.values())} as text; remove it "
-                "from the data"
+                f"this tokenizer cannot write {' or '.join(originals.values())} as text; remove "
+                "it from the data"
             )
         ids += part_ids
     return ids
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Sequence[Message]) -> str:
+def _ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> list[int]:
+    return cast("list[int]", tokenizer.convert_tokens_to_ids(list(tokens)))
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> str:
     """The prompt as the template writes it, up to where the assistant begins to speak."""
     turns, originals = _protect(tokenizer, prompt)
     return _render(tokenizer, turns, generate=True).translate(originals)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Sequence[Message]) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
     """The ids of `render_prompt`; what looks like a special token in a content stays text."""
     turns, originals = _protect(tokenizer, prompt)
     return _encode(tokenizer, _render(tokenizer, turns, generate=True), originals)
 
 
 def encode_response(
-    tokenizer: PreTrainedTokenizerFast, prompt: Sequence[Message], response: str
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: str
 ) -> list[int]:
     """The ids of what the template writes after `render_prompt`, the last of them EOS.
 
@@ -207,14 +236,17 @@ def encode_response(
             "the chat template does not continue its own generation prompt: what it writes for "
             "an answered dialogue does not begin with what it writes for the prompt"
         )
-    before, eos, _ = full[len(head) :].rpartition(tokenizer.eos_token)
-    tail = before if eos else full[len(head) :]
-    return [*_encode(tokenizer, tail, originals), tokenizer.eos_token_id]
+    eos = str(tokenizer.eos_token)
+    tail = full[len(head) :]
+    text = tail[: tail.rindex(eos)] if eos in tail else tail
+    return _encode(tokenizer, text + eos, originals)
 
 
-def decode_response(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int] | Tensor) -> str:
+def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tensor) -> str:
     """The text of a response, without special tokens and outer space."""
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(
+        list(map(int, ids)), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     return str(text).strip()
 
 
@@ -224,18 +256,38 @@ class Encoded:
 
     input_ids: list[int]
     prompt_length: int
+    """How many of them the loss leaves out; 0 makes the whole dialogue a text to be learnt."""
+    is_cut: bool = False
+    """Whether the response was longer than there was room for."""
 
-    def __len__(self) -> int:
+    @property
+    def length(self) -> int:
         return len(self.input_ids)
 
 
+@dataclass(frozen=True)
+class EncodedPair:
+    """Two responses to one prompt, as ids."""
+
+    chosen: Encoded
+    rejected: Encoded
+    prompt_id: str = ""
+    """Content hash of the prompt: pairs of one prompt share theirs."""
+    kind: str = ""
+    """What the two responses differ in, where the source says so."""
+
+    @property
+    def length(self) -> int:
+        return max(self.chosen.length, self.rejected.length)
+
+
 def encode_dialogue(
-    tokenizer: PreTrainedTokenizerFast, prompt: Sequence[Message], response: str, max_length: int
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: str, max_length: int
 ) -> Encoded:
     """Prompt and response in at most `max_length` ids; a response that is cut keeps its EOS.
 
     Raises:
-        ValueError: the prompt alone fills `max_length`; `keep_fitting` drops such rows.
+        ValueError: the prompt alone fills `max_length`.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = encode_response(tokenizer, prompt, response)
@@ -243,113 +295,147 @@ def encode_dialogue(
     if room < 1:
         raise ValueError(
             f"a prompt of {len(prompt_ids)} tokens leaves no room for a response in max_length "
-            f"{max_length}; drop such rows with keep_fitting"
+            f"{max_length}; raise it, or drop the row"
         )
-    if len(response_ids) > room:
+    is_cut = len(response_ids) > room
+    if is_cut:
         response_ids = [*response_ids[: room - 1], response_ids[-1]]
-    return Encoded(prompt_ids + response_ids, len(prompt_ids))
+    return Encoded(prompt_ids + response_ids, len(prompt_ids), is_cut)
+
+
+def as_text(rows: Iterable[Encoded]) -> list[Encoded]:
+    """The same ids with the loss on every token, for the mixture loss."""
+    return [replace(row, prompt_length=0) for row in rows]
 
 
 # Rows that fit -----------------------------------------------------------------------------
 
+Row = TypeVar("Row")
 
-@dataclass(frozen=True)
-class Fitting:
+
+@dataclass
+class Fitting(Generic[Row]):
     """The rows of a stage that fit the lengths of the config, and what happened to the others."""
 
-    rows: tuple[PreferencePair, ...]
-    lengths: tuple[int, ...]
-    """Tokens of each row: of its prompt in stage ppo, else of its longest dialogue."""
-    long_prompts: int
+    rows: list[Row] = field(default_factory=list)
+    long_prompts: int = 0
     """Rows dropped because the prompt is longer than `max_prompt_length`."""
-    cut_responses: int
+    cut_responses: int = 0
     """Kept rows in which a response is cut to `max_length`."""
-    equal_when_cut: int
-    """Pairs dropped because their responses are equal once cut, or once tokenized."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    equal_pairs: int = 0
+    """Pairs dropped because their responses are equal as ids, most often once cut."""
 
     def lines(self) -> list[str]:
         """One line of text for each thing that happened."""
         counts = (
             (self.long_prompts, "rows dropped: the prompt is longer than max_prompt_length"),
             (self.cut_responses, "rows kept with a response cut to max_length"),
-            (self.equal_when_cut, "pairs dropped: the responses are equal once cut"),
+            (self.equal_pairs, "pairs dropped: their responses are equal once cut"),
         )
         return [f"{count} {text}" for count, text in counts if count]
 
 
-def keep_fitting(
-    tokenizer: PreTrainedTokenizerFast,
-    rows: Sequence[PreferencePair],
-    stage: Stage,
-    *,
-    max_prompt_length: int,
-    max_length: int,
-) -> Fitting:
-    """Drop the rows that do not fit: the one place where length decides, and it counts.
+def _fitting(
+    fitting: Fitting[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    config: DataConfig,
+) -> Iterator[PreferencePair]:
+    """The pairs whose prompt fits: the one place where length drops a row, and it counts.
 
-    Raises:
-        ValueError: no row fits.
+    The caller appends to `fitting.rows`; nothing left at the end is an error.
     """
-    kept, lengths, long_prompts, cut_responses, equal = [], [], 0, 0, 0
-    for row in rows:
-        prompt_length = len(encode_prompt(tokenizer, row.prompt))
-        if prompt_length > max_prompt_length:
-            long_prompts += 1
-            continue
-        room = max_length - prompt_length
-        responses = {"sft": (row.chosen,), "reward": (row.chosen, row.rejected), "ppo": ()}[stage]
-        ids = [encode_response(tokenizer, row.prompt, response or "") for response in responses]
-        is_cut = any(len(response) > room for response in ids)
-        if stage == "reward" and ids[0][: room - is_cut] == ids[1][: room - is_cut]:
-            equal += 1
-            continue
-        cut_responses += is_cut
-        kept.append(row)
-        lengths.append(prompt_length + min(room, max(map(len, ids), default=0)))
-    if not kept:
+    for pair in tqdm(pairs, desc="encode", delay=2, disable=not is_main_rank()):
+        if len(encode_prompt(tokenizer, pair.prompt)) > config.max_prompt_length:
+            fitting.long_prompts += 1
+        else:
+            yield pair
+    if not fitting.rows:
         raise ValueError(
-            f"none of {len(rows)} rows fits: {long_prompts} prompts are longer than "
-            f"max_prompt_length {max_prompt_length}; raise it"
+            f"none of {len(pairs)} rows fits data.max_prompt_length {config.max_prompt_length} and "
+            f"data.max_length {config.max_length}: {'; '.join(fitting.lines()) or 'no rows given'}"
         )
-    return Fitting(tuple(kept), tuple(lengths), long_prompts, cut_responses, equal)
+
+
+def encode_demonstrations(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], config: DataConfig
+) -> Fitting[Encoded]:
+    """Prompts and chosen responses, for SFT. ValueError where no row fits."""
+    fitting: Fitting[Encoded] = Fitting()
+    for pair in _fitting(fitting, tokenizer, pairs, config):
+        assert pair.chosen is not None
+        row = encode_dialogue(tokenizer, pair.prompt, pair.chosen, config.max_length)
+        fitting.cut_responses += row.is_cut
+        fitting.rows.append(row)
+    return fitting
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], config: DataConfig
+) -> Fitting[EncodedPair]:
+    """Prompts with both responses, for the reward model. ValueError where no row fits."""
+    fitting: Fitting[EncodedPair] = Fitting()
+    for pair in _fitting(fitting, tokenizer, pairs, config):
+        assert pair.chosen is not None and pair.rejected is not None
+        chosen, rejected = (
+            encode_dialogue(tokenizer, pair.prompt, response, config.max_length)
+            for response in (pair.chosen, pair.rejected)
+        )
+        if chosen.input_ids == rejected.input_ids:
+            fitting.equal_pairs += 1
+            continue
+        fitting.cut_responses += chosen.is_cut or rejected.is_cut
+        fitting.rows.append(EncodedPair(chosen, rejected, pair.prompt_id, pair.kind))
+    return fitting
+
+
+def keep_fitting(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], config: DataConfig
+) -> Fitting[PreferencePair]:
+    """The rows whose prompts fit, for PPO and for evaluation. ValueError where none does."""
+    fitting: Fitting[PreferencePair] = Fitting()
+    for pair in _fitting(fitting, tokenizer, pairs, config):
+        fitting.rows.append(pair)
+    return fitting
 
 
 # Ids -> batches ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class SFTBatch:
-    """Right-padded dialogues for the next-token loss."""
-
+class _Batch:
     input_ids: Tensor
-    """[B, T] token ids."""
+    """[B, T] token ids, padded on the right."""
     attention_mask: Tensor
     """[B, T] bool, True on prompt and response tokens."""
-    loss_mask: Tensor
-    """[B, T] bool, True on the tokens to be predicted: the response's, its EOS included."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
-class ScoreBatch:
+class SFTBatch(_Batch):
+    """Right-padded dialogues for the next-token loss."""
+
+    loss_mask: Tensor
+    """[B, T] bool, True on the tokens to be predicted: the response's, its EOS included."""
+
+
+@dataclass(frozen=True)
+class ScoreBatch(_Batch):
     """Right-padded dialogues for a reward model, which reads its score at `last_index`."""
 
-    input_ids: Tensor
-    """[B, T] token ids."""
-    attention_mask: Tensor
-    """[B, T] bool, True on prompt and response tokens."""
     last_index: Tensor
     """[B] int64, the position of the last token, EOS where the response has ended."""
     shortened: int = 0
-    """Rows that did not fit `max_length`."""
-
-    def __len__(self) -> int:
-        return self.input_ids.shape[0]
+    """Rows that lost their beginning because they did not fit."""
 
 
 @dataclass(frozen=True)
@@ -357,15 +443,17 @@ class PairBatch(ScoreBatch):
     """B pairs as 2B dialogues: rows 0 to B - 1 are the chosen, B to 2B - 1 the rejected."""
 
     prompt_ids: tuple[str, ...] = ()
-    """B content hashes: pairs of one prompt share theirs."""
+    """B content hashes of the prompts."""
     kinds: tuple[str, ...] = ()
     """B names of what the two responses differ in; empty where the source does not say."""
 
 
-def _pad(sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+def _pad(
+    sequences: Sequence[Sequence[int]], pad_token_id: int, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
     """ids and mask [B, T], T the longest sequence's length. The mask comes from lengths."""
     width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
+    ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)
     mask = torch.zeros((len(sequences), width), dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         place = slice(width - len(sequence), None) if left else slice(len(sequence))
@@ -374,86 +462,53 @@ def _pad(sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tupl
     return ids, mask
 
 
-def _last_index(attention_mask: Tensor) -> Tensor:
-    """[B, T] right-padded mask -> [B] position of the last True."""
-    return attention_mask.sum(dim=1) - 1
+def collate_sft(rows: Sequence[Encoded], *, pad_token_id: int) -> SFTBatch:
+    """Dialogues for the next-token loss, which counts from `prompt_length` on."""
+    ids, mask = _pad([row.input_ids for row in rows], pad_token_id)
+    prompt_lengths = torch.tensor([row.prompt_length for row in rows])
+    is_response = torch.arange(ids.shape[1]) >= prompt_lengths.unsqueeze(1)
+    return SFTBatch(ids, mask, mask & is_response)
 
 
-def collate_sft(
-    tokenizer: PreTrainedTokenizerFast, rows: Sequence[PreferencePair], *, max_length: int
-) -> SFTBatch:
-    """Demonstrations, the loss on the response alone."""
-    return _collate_chosen(tokenizer, rows, max_length, whole=False)
+def collate_scored(rows: Sequence[Encoded], *, pad_token_id: int) -> ScoreBatch:
+    """Dialogues to be scored at their last token."""
+    ids, mask = _pad([row.input_ids for row in rows], pad_token_id)
+    return ScoreBatch(ids, mask, mask.sum(dim=1) - 1)
 
 
-def collate_text(
-    tokenizer: PreTrainedTokenizerFast, rows: Sequence[PreferencePair], *, max_length: int
-) -> SFTBatch:
-    """The same dialogues as plain text, the loss on every token: for the mixture loss."""
-    return _collate_chosen(tokenizer, rows, max_length, whole=True)
-
-
-def _collate_chosen(
-    tokenizer: PreTrainedTokenizerFast,
-    rows: Sequence[PreferencePair],
-    max_length: int,
-    *,
-    whole: bool,
-) -> SFTBatch:
-    dialogues = [
-        encode_dialogue(tokenizer, row.prompt, _response(row.chosen), max_length) for row in rows
-    ]
-    ids, mask = _pad([d.input_ids for d in dialogues], tokenizer.pad_token_id, left=False)
-    loss_mask = mask.clone()
-    for row, dialogue in enumerate(dialogues):
-        loss_mask[row, : 0 if whole else dialogue.prompt_length] = False
-    return SFTBatch(ids, mask, loss_mask)
-
-
-def collate_pairs(
-    tokenizer: PreTrainedTokenizerFast, rows: Sequence[PreferencePair], *, max_length: int
-) -> PairBatch:
-    """Preference pairs, chosen above rejected, so that one forward pass sees both."""
-    dialogues = [
-        encode_dialogue(tokenizer, row.prompt, _response(response), max_length).input_ids
-        for responses in ([row.chosen for row in rows], [row.rejected for row in rows])
-        for row, response in zip(rows, responses, strict=True)
-    ]
-    ids, mask = _pad(dialogues, tokenizer.pad_token_id, left=False)
+def collate_pairs(rows: Sequence[EncodedPair], *, pad_token_id: int) -> PairBatch:
+    """Preference pairs, all chosen above all rejected, so that one forward pass sees both."""
+    dialogues = [row.chosen for row in rows] + [row.rejected for row in rows]
+    scored = collate_scored(dialogues, pad_token_id=pad_token_id)
     return PairBatch(
-        ids,
-        mask,
-        _last_index(mask),
+        scored.input_ids,
+        scored.attention_mask,
+        scored.last_index,
         prompt_ids=tuple(row.prompt_id for row in rows),
         kinds=tuple(row.kind for row in rows),
     )
 
 
-def _response(response: str | None) -> str:
-    assert response is not None, "load_source gives a stage only rows with the responses it needs"
-    return response
-
-
 def collate_prompts(
-    tokenizer: PreTrainedTokenizerFast, rows: Sequence[PreferencePair], *, seeds: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[PreferencePair], *, seeds: Sequence[int]
 ) -> PromptBatch:
     """Prompts padded on the left, so that all responses begin at position P.
 
     Args:
         seeds: the sampling seed of each row.
     """
-    sequences = [encode_prompt(tokenizer, row.prompt) for row in rows]
-    ids, mask = _pad(sequences, tokenizer.pad_token_id, left=True)
     assert len(seeds) == len(rows), "one seed a row"
+    sequences = [encode_prompt(tokenizer, row.prompt) for row in rows]
+    ids, mask = _pad(sequences, cast(int, tokenizer.pad_token_id), left=True)
     dialogues = tuple(row.prompt for row in rows)
     return PromptBatch(ids, mask, torch.tensor(seeds, dtype=torch.int64), dialogues)
 
 
 def encode_scored(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     dialogues: Sequence[Sequence[Message]],
     responses: Sequence[str],
-    ended: Sequence[bool] | Tensor,
+    ended: Sequence[bool],
     max_length: int,
 ) -> ScoreBatch:
     """Rollouts written anew for a reward model that has another tokenizer than the actor.
@@ -461,12 +516,12 @@ def encode_scored(
     A response that has not ended gets no EOS. A sequence over `max_length` loses its beginning,
     the oldest turns, because the score is read at its end; such rows are counted in `shortened`.
     """
-    sequences, shortened = [], 0
+    rows, shortened = [], 0
     for dialogue, response, has_ended in zip(dialogues, responses, ended, strict=True):
         prompt_ids = encode_prompt(tokenizer, dialogue)
         response_ids = encode_response(tokenizer, dialogue, response)
-        response_ids = response_ids if has_ended else response_ids[:-1]
-        shortened += len(prompt_ids) + len(response_ids) > max_length
-        sequences.append((prompt_ids + response_ids)[-max_length:])
-    ids, mask = _pad(sequences, tokenizer.pad_token_id, left=False)
-    return ScoreBatch(ids, mask, _last_index(mask), shortened)
+        ids = prompt_ids + (response_ids if has_ended else response_ids[:-1])
+        shortened += len(ids) > max_length
+        rows.append(Encoded(ids[-max_length:], 0))
+    batch = collate_scored(rows, pad_token_id=cast(int, tokenizer.pad_token_id))
+    return replace(batch, shortened=shortened)
