@@ -44,7 +44,6 @@ NOT_OUR_WORDS = {
     "trajectories": "rollouts",
     "trajectory": "rollout",
     "unsup_coef": "ptx_coef",
-    "value_model": "critic",
 }
 
 
