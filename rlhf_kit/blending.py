@@ -22,8 +22,10 @@ from rlhf_kit.types import STAGES, PreferencePair, Stage
 
 TOY_CHUNK = 2048
 """Rows the toy world draws at a time, until enough fall into the split."""
+TOY_PATIENCE = 50
+"""Chunks without a single row of the split, after which its share is called too small."""
 LARGEST_DRIFT = 0.05
-"""Realised shares further than this from the weights are worth a printed line."""
+"""A share this far below a source's weight is worth a printed line."""
 
 
 def split_of(prompt_id: str, split: Sequence[float]) -> Stage:
@@ -56,7 +58,7 @@ def interleave(sizes: Sequence[int], weights: Sequence[float]) -> Iterable[tuple
 
 @dataclass(frozen=True)
 class _Part:
-    """What one source gives to one stage, in a shuffled order."""
+    """What one source has for one stage, in a shuffled order."""
 
     source: SourceConfig
     train: list[PreferencePair]
@@ -67,6 +69,8 @@ class _Part:
 @dataclass(frozen=True)
 class _StageRows:
     parts: list[_Part]
+    shares: list[float]
+    """The share of `train` that each part gave."""
     unfit: list[str]
     """Names of the sources that lack a column this stage needs."""
     train: tuple[PreferencePair, ...]
@@ -83,6 +87,11 @@ class Blend:
     """
 
     def __init__(self, config: DataConfig, seed: int):
+        names = [source.name for source in config.sources]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(
+                f"data source {twice[0]} is named twice: name it once, with one weight"
+            )
         self.config = config
         self.seed = seed
         self._stages: dict[Stage, _StageRows] = {}
@@ -109,12 +118,13 @@ class Blend:
         }
 
     def _describe(self, rows: _StageRows) -> dict[str, object]:
-        shares = _shares(rows)
         return {
             "rows": len(rows.train),
             "evaluation_rows": len(rows.evaluation),
             "distinct_prompts": len({row.prompt_id for row in rows.train}),
-            "digest": fingerprint(row.prompt_id for row in rows.train),
+            "digest": fingerprint(
+                repr((row.prompt_id, row.chosen, row.rejected)) for row in rows.train
+            ),
             "sources_without_rows": rows.unfit,
             "sources": [
                 {
@@ -126,7 +136,7 @@ class Blend:
                     "read": part.report.read,
                     "refused": part.report.refused,
                 }
-                for part, share in zip(rows.parts, shares, strict=True)
+                for part, share in zip(rows.parts, rows.shares, strict=True)
             ],
         }
 
@@ -152,24 +162,24 @@ class Blend:
                 print_main(f"{error}: it gives this stage no rows")
                 unfit.append(source.name)
         weights = [part.source.weight for part in parts]
-        cap = self.config.rows[index] or None
-        train = [
-            parts[i].train[row]
-            for i, row in islice(interleave([len(part.train) for part in parts], weights), cap)
-        ]
-        if not train:
+        every = interleave([len(part.train) for part in parts], weights)
+        order = list(islice(every, self.config.rows[index] or None))
+        if not order:
             raise ValueError(
                 f"no rows are left for stage {stage}: give more data, or raise its share in "
                 "data.split"
             )
-        evaluation = [
-            parts[i].held_out[row]
-            for i, row in interleave([len(part.held_out) for part in parts], weights)
-        ]
+        counts = Counter(i for i, _ in order)
+        held_out = list(interleave([len(part.held_out) for part in parts], weights))
         # A cap on the training rows caps the others in proportion.
-        total = sum(len(part.train) for part in parts)
-        most = math.ceil(len(evaluation) * len(train) / total)
-        rows = _StageRows(parts, unfit, tuple(train), tuple(evaluation[:most]))
+        most = math.ceil(len(held_out) * len(order) / sum(len(part.train) for part in parts))
+        rows = _StageRows(
+            parts,
+            [counts[i] / len(order) for i in range(len(parts))],
+            unfit,
+            tuple(parts[i].train[row] for i, row in order),
+            tuple(parts[i].held_out[row] for i, row in held_out[:most]),
+        )
         _print_drift(rows, stage)
         return rows
 
@@ -203,27 +213,25 @@ class Blend:
             report.read += len(drawn)
             train += [p for p in drawn.pairs if split_of(p.prompt_id, self.config.split) == stage]
             chunk += 1
+            if not train and chunk == TOY_PATIENCE:
+                raise ValueError(
+                    f"data.split gives stage {stage} too small a share of the toy world"
+                )
         evaluation: tuple[PreferencePair, ...] = ()
         if count := math.ceil(min(caps) * self.config.eval_share):
             evaluation = load_source(source, stage, seed=seed, rows=count, split="validation").pairs
         return _Part(source, train[: min(caps)], list(evaluation), report)
 
 
-def _shares(rows: _StageRows) -> list[float]:
-    """The share of the training rows that each part gave."""
-    counts = Counter(row.source for row in rows.train)
-    return [counts[part.source.name] / len(rows.train) for part in rows.parts]
-
-
 def _print_drift(rows: _StageRows, stage: Stage) -> None:
-    """Say when a source gives less or more than its weight asks for."""
+    """Say when a source ran out and gives less than its weight asks for."""
     total = sum(part.source.weight for part in rows.parts)
-    for part, share in zip(rows.parts, _shares(rows), strict=True):
+    for part, share in zip(rows.parts, rows.shares, strict=True):
         wanted = part.source.weight / total
-        if abs(share - wanted) > LARGEST_DRIFT:
+        if wanted - share > LARGEST_DRIFT:
             print_main(
-                f"stage {stage}: {part.source.name} gives {share:.0%} of the rows, its weight asks "
-                f"for {wanted:.0%} (it has {len(part.train)}); cap data.rows to hold the weights"
+                f"stage {stage}: all {len(part.train)} rows of {part.source.name} are {share:.0%} "
+                f"of the blend, its weight asks for {wanted:.0%}; data.rows can hold the shares"
             )
 
 
