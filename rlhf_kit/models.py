@@ -204,6 +204,12 @@ def saved_normalisation(scorer: PreTrainedModel) -> tuple[float, float]:
     return float(getattr(config, "score_mean", 0.0)), float(getattr(config, "score_std", 1.0))
 
 
+def save_normalisation(scorer: PreTrainedModel, *, mean: float, std: float) -> None:
+    """Put mean and standard deviation of scores into the config that is exported with it."""
+    scorer.config.score_mean = mean
+    scorer.config.score_std = std
+
+
 def response_logits(
     model: Callable[..., Any], sequences: Tensor, attention_mask: Tensor, response_length: int
 ) -> Tensor:

@@ -53,6 +53,7 @@ class PPOTrainer:
             self.mixture = MixtureLoss(mixture_rows, engine, args)
         elif self.config.mixture.kind != "off":
             distributed.print_main("no texts for the mixture loss were given: it is off")
+        self.metrics: dict[str, float] = {}
         self._rollout_metrics: dict[str, float] = {}
 
     def generate_experience(self, prompts: PromptBatch) -> Experience:
@@ -93,7 +94,8 @@ class PPOTrainer:
                 n=self.config.batch_size,
             )
         self.iteration += 1
-        return {**metrics, **self._speed()}
+        self.metrics = {**metrics, **self._speed()}
+        return self.metrics
 
     def _speed(self) -> dict[str, float]:
         lap = self.phases.lap()

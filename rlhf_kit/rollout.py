@@ -1,11 +1,12 @@
-"""From a rollout to the experience PPO learns from.
+"""From prompts to rollouts to the experience PPO learns from.
 
 Shapes: B batch, R response tokens, T = P + R.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,61 @@ from torch import Tensor
 
 from rlhf_kit import distributed
 from rlhf_kit import functional as f
-from rlhf_kit.config import PPOConfig
+from rlhf_kit.blending import epoch_order
+from rlhf_kit.config import PPOConfig, require
+from rlhf_kit.distributed import derive_seed
 from rlhf_kit.rlhf_engine import RLHFEngine, trim
-from rlhf_kit.types import Experience, Rollout
+from rlhf_kit.tokenization import collate_prompts
+from rlhf_kit.types import Experience, PreferencePair, PromptBatch, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PromptLoader:
+    """One left-padded batch of prompts an iteration: this rank's share of the global batch.
+
+    Rows come in a fresh order every pass over them. A row's sampling seed depends on the run's
+    seed, the iteration and its place in the global batch, so that neither prompts nor samples
+    depend on the number of ranks.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[PreferencePair],
+        *,
+        batch_size: int,
+        iterations: int,
+        seed: int,
+    ):
+        """`batch_size` prompts an iteration over all ranks; ValueError with fewer rows."""
+        require(
+            len(rows) >= batch_size,
+            f"ppo.batch_size is {batch_size}, but only {len(rows)} prompts are left; lower it",
+        )
+        self.tokenizer = tokenizer
+        self.rows = rows
+        self.batch_size = batch_size
+        self.iterations = iterations
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.iterations
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        per_epoch = len(self.rows) // self.batch_size
+        ranks, rank = distributed.world_size(), distributed.rank()
+        for iteration in range(self.iterations):
+            epoch, position = divmod(iteration, per_epoch)
+            order = epoch_order(len(self.rows), seed=self.seed, epoch=epoch)
+            start = position * self.batch_size
+            places = range(start, start + self.batch_size)[rank::ranks]
+            yield collate_prompts(
+                self.tokenizer,
+                [self.rows[order[place]] for place in places],
+                seeds=[derive_seed("sample", self.seed, iteration, p) for p in places],
+            )
 
 
 def _by_micro_batch(

@@ -280,6 +280,10 @@ class EncodedPair:
     def length(self) -> int:
         return max(self.chosen.length, self.rejected.length)
 
+    @property
+    def tokens(self) -> int:
+        return self.chosen.length + self.rejected.length
+
 
 def encode_dialogue(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: str, max_length: int
