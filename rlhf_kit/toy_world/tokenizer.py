@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_kit.toy_world.pretraining import BOS, EOS, PAD, sample_texts
 
-VOCABULARY = 1536
+VOCABULARY = 1792
+"""Room for every word of the world as one token."""
 TEMPLATE_FILE = Path(__file__).parent.parent / "chat_template.jinja"
 
 
@@ -25,7 +26,7 @@ def train_tokenizer(*, seed: int, texts: int = 60_000) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     plain = (text.replace(BOS, "").replace(EOS, "\n") for text in sample_texts(texts, seed=seed))
-    bpe.train_from_iterator([*plain, *["Human: Assistant:\n\n"] * 1000], trainer)
+    bpe.train_from_iterator([*plain, *["Human: Assistant:\n\n"] * 20_000], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,
