@@ -132,20 +132,17 @@ def find_model(directory: str | Path, checkpoint: str | None) -> Path:
 
     directory = Path(directory)
     require(directory.is_dir(), f"there is no directory {directory}")
-    if not (directory / "run.json").is_file():
-        require(
-            checkpoint is None,
-            f"{directory} is no run, so --checkpoint {checkpoint} has nothing to choose from",
-        )
-        require(
-            (directory / "config.json").is_file(),
-            f"{directory} holds neither a model (config.json) nor a run (run.json)",
-        )
+    there = [n for n, part in CHECKPOINTS.items() if (directory / part / "config.json").is_file()]
+    if (directory / "config.json").is_file():
+        require(checkpoint is None, f"{directory} is one model: leave out --checkpoint")
         return directory
+    require(
+        bool(there) or (directory / "run.json").is_file(),
+        f"{directory} holds neither a model (config.json) nor a run (run.json)",
+    )
     if checkpoint == "base":
         return _local(read_record(directory)["config"]["actor_model"])
     name = checkpoint or "final"
-    there = [n for n, part in CHECKPOINTS.items() if (directory / part / "config.json").is_file()]
     require(
         name in there,
         f"{directory} has no {CHECKPOINTS[name]} yet; "

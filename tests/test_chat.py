@@ -195,8 +195,10 @@ def test_a_runs_models_are_found_by_name(tmp_path: Path):
     assert find_model(tmp_path, "sft") == find_model(tmp_path / "sft", None) == tmp_path / "sft"
     with pytest.raises(ValueError, match="has no ppo/ema yet; try --checkpoint final"):
         find_model(tmp_path, "ema")
-    with pytest.raises(ValueError, match="is no run, so --checkpoint ema"):
+    with pytest.raises(ValueError, match="is one model: leave out --checkpoint"):
         find_model(tmp_path / "sft", "ema")
+    (tmp_path / "run.json").unlink()  # notebooks run by hand leave none
+    assert find_model(tmp_path, "sft") == tmp_path / "sft"
     with pytest.raises(ValueError, match="holds neither a model"):
         find_model(tmp_path / "ppo", None)
 

@@ -168,7 +168,7 @@ def test_a_recipe_has_the_parameters_as_keys_and_a_flag_wins(notebook: Path, tmp
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("iteratoins: 7", "unknown parameter iteratoins; did you mean iterations?"),
+        ("iteration: 7", "unknown parameter iteration; did you mean iterations?"),
         ("iterations: seven", "iterations must be of type int, not 'seven'"),
         ("- 1", "must hold lines of 'name: value'"),
         ("a: [", "is not valid YAML"),
