@@ -14,7 +14,8 @@
 # %% [markdown]
 # # 04 PPO
 #
-# Goal: let the model try, score what it says, and make better answers likelier.
+# Goal: let the model try, score what it says, and make better answers
+# likelier.
 
 # %% tags=["parameters"]
 preset: str = "toy"  # toy, consumer or cluster

@@ -1,7 +1,8 @@
 """Exports: a HF directory that plain transformers loads, complete or absent.
 
-A directory is written under a temporary name beside its target and renamed at the end;
-`export.json`, written last, marks it complete and carries the SHA-256 of every file.
+Files are written to a temporary directory beside the target and moved in at the end, so that
+metrics that lie there stay. `export.json` comes last: it marks the export complete and carries
+the SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -118,11 +119,14 @@ def _finish(temporary: Path, target: Path, details: dict[str, Any]) -> None:
         path.chmod(0o644)  # safetensors writes 0600, which a shared file system can't read
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    marker = {**details, "sha256": {path.name: _sha256(path) for path in files}}
-    (temporary / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    digests = {path.name: _sha256(path) for path in files}
+    # From here on the target is marked unfinished, until every file is in its place.
+    target.mkdir(parents=True, exist_ok=True)
+    (target / MARKER).unlink(missing_ok=True)
+    for stale in target.glob("*.safetensors*"):
+        stale.unlink()
+    for path in files:
+        os.replace(path, target / path.name)
+    (temporary / MARKER).write_text(json.dumps({**details, "sha256": digests}, indent=2) + "\n")
+    os.replace(temporary / MARKER, target / MARKER)
+    temporary.rmdir()
