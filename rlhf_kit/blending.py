@@ -22,7 +22,7 @@ from rlhf_kit.types import STAGES, PreferencePair, Stage
 
 TOY_CHUNK = 2048
 """Rows the toy world draws at a time, until enough fall into the split."""
-TOY_PATIENCE = 50
+TOY_PATIENCE = 20
 """Chunks without a single row of the split, after which its share is called too small."""
 LARGEST_DRIFT = 0.05
 """A share this far below a source's weight is worth a printed line."""
