@@ -35,7 +35,7 @@ _IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_sta
 def check_model(model: Any) -> None:
     """Raise ValueError, by name, for a model that cannot attend through this module."""
     name = type(model).__name__
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     require(hasattr(config, "get_text_config"), f"{name} is not a transformers model")
     require(not config.is_encoder_decoder, f"{name} is an encoder-decoder, not a causal LM")
     require(
@@ -144,12 +144,9 @@ class Rule:
 def attend_prompts(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
     """Causal attention of whole prompts: query [K, H, P, D], key and value [K, Hkv, P, D]."""
     length = query.shape[2]
-    visible = None
-    if rule.softcap is not None or (rule.window is not None and length > rule.window):
-        at = torch.arange(length, device=query.device)
-        distance = at[:, None] - at[None, :]
-        visible = (distance >= 0) & (distance < (rule.window or length))
-    if rule.softcap is None:
+    plain = rule.softcap is None and (rule.window is None or length <= rule.window)
+    visible = None if plain else _visible(length, rule.window, query.device)
+    if visible is None or rule.softcap is None:
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -257,6 +254,13 @@ def _attention(
 def _layer_type(module: Any) -> str | None:
     types = getattr(module.config, "layer_types", None)
     return types[module.layer_idx] if types else None
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """[P, P] bool, True where query p may look at key q."""
+    at = torch.arange(length, device=device)
+    distance = at[:, None] - at[None, :]
+    return (distance >= 0) & (distance < (window or length))
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:
