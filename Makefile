@@ -19,7 +19,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than Python 3.10; name a newer one: make PYTHON=python3.11" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make a virtual environment; install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	@echo "Setting up $(VENV) from requirements.lock, once: this takes some minutes."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
@@ -31,10 +31,10 @@ test: $(STAMP) ## run the tests
 	@$(BIN)/python -m pytest
 
 lint: $(STAMP) ## check style, spelling and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/codespell
-	$(BIN)/pyright
+	@status=0; \
+	for check in "ruff check ." "ruff format --check ." codespell pyright; do \
+		echo "== $$check"; $(BIN)/$$check || status=1; \
+	done; exit $$status
 
 format: $(STAMP) ## rewrite the files in the project's style
 	$(BIN)/ruff check --fix .

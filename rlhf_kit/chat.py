@@ -251,7 +251,7 @@ def talk(
             break
         except KeyboardInterrupt:
             interrupts += 1
-            print("\n(Ctrl-C again leaves)" if interrupts == 1 else "")
+            print("\n(Ctrl-C again leaves)" if interrupts == 1 else "\n(left)")
     return 0
 
 
