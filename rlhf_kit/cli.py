@@ -157,8 +157,10 @@ def run(arguments: argparse.Namespace) -> int:
     values = parse_flags(parameters, arguments.flags)
     log = Path("runs", "logs", Path(notebook).stem + ".log")
     code = run_notebook(notebook, values, log=log)
+    if code not in (0, 2):  # 2: the notebook itself has said in one sentence what is wrong
+        print(f"error: {notebook} {pipeline.ending(code)}", file=sys.stderr)
     if code:
-        print(f"{notebook} {pipeline.ending(code)}; the log is {log}.", file=sys.stderr)
+        print(f"The whole log is {log}.", file=sys.stderr)
     return code if code in (0, 2) else 1
 
 
