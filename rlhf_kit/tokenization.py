@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 EOS, PAD = "<|eos|>", "<|pad|>"
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 """Code points that no text means anything by; they stand in for special tokens in contents."""
 
@@ -48,21 +49,22 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
         ValueError: the directory does not exist or holds no tokenizer, or the hub has none.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        names = {file.name for file in path.iterdir()}
-        if {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"} & names:
-            return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        if {"vocab.json", "merges.txt"} <= names:  # the original layout of GPT-2
-            return GPT2Tokenizer.from_pretrained(str(path), local_files_only=True)
+    is_local = path.exists() or str(name_or_path).startswith((".", "/", "~")) or len(path.parts) > 2
+    if is_local and not path.is_dir():
+        raise ValueError(f"directory {name_or_path} does not exist")
+    names = {file.name for file in path.iterdir()} if is_local else set()
+    is_gpt2 = {"vocab.json", "merges.txt"} <= names  # the layout before tokenizer.json
+    if is_local and not is_gpt2 and not names & TOKENIZER_FILES:
         raise ValueError(f"directory {name_or_path} holds no tokenizer (no tokenizer.json)")
-    if path.exists() or str(name_or_path).startswith((".", "/", "~")) or len(path.parts) > 2:
-        raise ValueError(f"{name_or_path} is not a directory with a tokenizer")
+    kind = GPT2Tokenizer if is_gpt2 and not names & {"config.json", *TOKENIZER_FILES} else None
     try:
-        return AutoTokenizer.from_pretrained(str(name_or_path))
-    except (OSError, ValueError) as error:
+        return (kind or AutoTokenizer).from_pretrained(str(path), local_files_only=is_local)
+    except Exception as error:  # the Rust side raises nothing narrower
         raise ValueError(
-            f"{name_or_path} is no local directory and the hub gave no tokenizer of that name; "
-            "check the spelling, or download it and give the directory"
+            f"the tokenizer in {name_or_path} cannot be read: {error}"
+            if is_local
+            else f"{name_or_path} is no local directory, and the hub gave no tokenizer of that "
+            "name; check the spelling, or download it and give the directory"
         ) from error
 
 
@@ -282,6 +284,7 @@ class EncodedPair:
 
     @property
     def tokens(self) -> int:
+        """Tokens of both dialogues: what a forward pass computes on."""
         return self.chosen.length + self.rejected.length
 
 
@@ -294,7 +297,10 @@ def encode_dialogue(
         ValueError: the prompt alone fills `max_length`.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
-    response_ids = encode_response(tokenizer, prompt, response)
+    return _join(prompt_ids, encode_response(tokenizer, prompt, response), max_length)
+
+
+def _join(prompt_ids: list[int], response_ids: list[int], max_length: int) -> Encoded:
     room = max_length - len(prompt_ids)
     if room < 1:
         raise ValueError(
@@ -344,16 +350,17 @@ def _fitting(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[PreferencePair],
     config: DataConfig,
-) -> Iterator[PreferencePair]:
-    """The pairs whose prompt fits: the one place where length drops a row, and it counts.
+) -> Iterator[tuple[PreferencePair, list[int]]]:
+    """Pairs whose prompt fits, and its ids: the one place where a long prompt drops a row.
 
     The caller appends to `fitting.rows`; nothing left at the end is an error.
     """
     for pair in tqdm(pairs, desc="encode", delay=2, disable=not is_main_rank()):
-        if len(encode_prompt(tokenizer, pair.prompt)) > config.max_prompt_length:
+        prompt_ids = encode_prompt(tokenizer, pair.prompt)
+        if len(prompt_ids) > config.max_prompt_length:
             fitting.long_prompts += 1
         else:
-            yield pair
+            yield pair, prompt_ids
     if not fitting.rows:
         raise ValueError(
             f"none of {len(pairs)} rows fits data.max_prompt_length {config.max_prompt_length} and "
@@ -366,9 +373,10 @@ def encode_demonstrations(
 ) -> Fitting[Encoded]:
     """Prompts and chosen responses, for SFT. ValueError where no row fits."""
     fitting: Fitting[Encoded] = Fitting()
-    for pair in _fitting(fitting, tokenizer, pairs, config):
+    for pair, prompt_ids in _fitting(fitting, tokenizer, pairs, config):
         assert pair.chosen is not None
-        row = encode_dialogue(tokenizer, pair.prompt, pair.chosen, config.max_length)
+        response_ids = encode_response(tokenizer, pair.prompt, pair.chosen)
+        row = _join(prompt_ids, response_ids, config.max_length)
         fitting.cut_responses += row.is_cut
         fitting.rows.append(row)
     return fitting
@@ -379,10 +387,10 @@ def encode_pairs(
 ) -> Fitting[EncodedPair]:
     """Prompts with both responses, for the reward model. ValueError where no row fits."""
     fitting: Fitting[EncodedPair] = Fitting()
-    for pair in _fitting(fitting, tokenizer, pairs, config):
+    for pair, prompt_ids in _fitting(fitting, tokenizer, pairs, config):
         assert pair.chosen is not None and pair.rejected is not None
         chosen, rejected = (
-            encode_dialogue(tokenizer, pair.prompt, response, config.max_length)
+            _join(prompt_ids, encode_response(tokenizer, pair.prompt, response), config.max_length)
             for response in (pair.chosen, pair.rejected)
         )
         if chosen.input_ids == rejected.input_ids:
@@ -398,7 +406,7 @@ def keep_fitting(
 ) -> Fitting[PreferencePair]:
     """The rows whose prompts fit, for PPO and for evaluation. ValueError where none does."""
     fitting: Fitting[PreferencePair] = Fitting()
-    for pair in _fitting(fitting, tokenizer, pairs, config):
+    for pair, _ in _fitting(fitting, tokenizer, pairs, config):
         fitting.rows.append(pair)
     return fitting
 
