@@ -30,6 +30,7 @@ PathLike = str | os.PathLike[str] | None
 INK, GRID = "#24292f", "#d8dee4"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+DISTANCE = "square root of the KL to SFT (nats a response)"
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -133,7 +134,7 @@ def plot_frontier(points: Sequence[Mapping[str, Any]], path: PathLike = None) ->
             bars = [[y - point["low"]], [point["high"] - y]] if "low" in point else None
             label = point["name"]
             ax.errorbar(x, y, bars, fmt=marker, color=color, capsize=3, markersize=7, label=label)
-        ax.set(xlabel="distance from SFT: square root of KL (nats a sequence)", ylabel="reward")
+        ax.set(xlabel=DISTANCE, ylabel="reward")
         ax.margins(0.15)
         ax.legend(loc="lower right")
     return figure
@@ -173,8 +174,7 @@ def plot_overoptimisation(
         figure.legend(loc="outside upper left", ncols=3)
         right.spines["right"].set(visible=True)
         right.grid(False)
-        distance = "distance from SFT: square root of KL (nats a sequence)"
-        left.set_xlabel(distance if x == "kl" else "PPO iteration")
+        left.set_xlabel(DISTANCE if x == "kl" else "PPO iteration")
     return figure
 
 
@@ -196,9 +196,9 @@ def plot_histogram(
                 ax.stairs(share, edges, color=color, linestyle=line, linewidth=1.8, label=name)
                 ax.stairs(share, edges, color=color, alpha=0.08, fill=True)
         ax.set(xlabel=label, ylabel="share of responses")
-        ax.set_ylim(bottom=0)
         if len(values) > 1:
             _legend(ax)
+        ax.set_ylim(bottom=0)
     return figure
 
 
@@ -241,7 +241,8 @@ def plot_length(
         for (name, (lengths, scores)), color, marker in zip(
             groups.items(), _cycle(COLOURS), _cycle(MARKERS), strict=False
         ):
-            ax.scatter(lengths, scores, 14, color, marker, alpha=0.45, linewidths=0, label=name)
+            options: dict[str, Any] = {"alpha": 0.45, "linewidths": 0, "rasterized": True}
+            ax.scatter(lengths, scores, 14, color, marker, label=name, **options)
         ax.set(xlabel="response length (tokens)", ylabel=label)
         if len(groups) > 1:
             _legend(ax, markerscale=2)
@@ -258,8 +259,10 @@ def _place(value: float, x: str) -> float:
 
 
 def _legend(ax: Axes, **options: Any) -> None:
-    """Above the axes' data rather than on it."""
-    ax.margins(y=0.12)
+    """A legend with room above the data, so that it hides none."""
+    low, high = ax.get_ylim()
+    lines = len(ax.get_legend_handles_labels()[0])
+    ax.set_ylim(low, high + 0.11 * lines * (high - low))
     legend = ax.legend(loc="best", **options)
     for handle in legend.legend_handles:
         if handle is not None:
