@@ -59,7 +59,7 @@ lock: $(STAMP) ## resolve requirements.lock anew, for Python 3.10 to 3.13
 		grep -vE '^((nvidia|cuda|triton)[-=]|torch==)' $(VENV)/resolved; } > requirements.lock
 
 sz: ## count the lines of each file of the library
-	@wc -l $$(find rlhf_kit apps -name '*.py' | sort)
+	@wc -l $$(find rlhf_kit $(wildcard apps) -name '*.py' | sort)
 
 clean: ## delete caches and build products; .venv and runs/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
