@@ -15,7 +15,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,6 @@ def load_source(
     seed: int = 1,
     rows: int | None = None,
     split: str = "train",
-    verbose: bool = True,
 ) -> Rows:
     """The rows of one source that serve `stage`: prints, and counts, those it refuses.
 
@@ -259,7 +258,7 @@ def load_source(
     try:
         pairs = _convert(numbered, stage, source.name, report)
     finally:
-        for line in report.lines() if verbose else ():
+        for line in report.lines():
             print_main(line)
     return Rows(tuple(pairs), report)
 
@@ -271,7 +270,8 @@ def _convert(
         raise ValueError(_nothing_left(name, report))
     columns = {column for _, row in numbered for column in row}
     try:
-        schema = detect_schema(columns, numbered[0][1])
+        answered = (row for _, row in numbered if row.get("chosen") is not None)
+        schema = detect_schema(columns, next(answered, {}))
     except ValueError as error:
         raise ValueError(f"data source {name}: {error}") from None
     needed = {"sft": ["chosen"], "reward": ["chosen", "rejected"], "ppo": []}[stage]
@@ -285,16 +285,13 @@ def _convert(
     for place, row in numbered:
         try:
             pair = SCHEMAS[schema](row)
-            for field_name in needed:
-                if getattr(pair, field_name) is None:
-                    raise RefusedRow(f"missing column {field_name}")
+            if lacking := [column for column in needed if getattr(pair, column) is None]:
+                raise RefusedRow(f"missing column {lacking[0]}")
         except RefusedRow as refused:
             report.refuse(str(refused), place)
             continue
-        kind = row.get("kind") if isinstance(row.get("kind"), str) else ""
-        pairs.append(
-            PreferencePair(pair.prompt, pair.chosen, pair.rejected, kind=kind or "", source=name)
-        )
+        kind = row.get("kind")
+        pairs.append(replace(pair, kind=kind if isinstance(kind, str) else "", source=name))
     if not pairs:
         raise ValueError(_nothing_left(name, report))
     return pairs

@@ -165,6 +165,10 @@ def _protect(
     return turns, {ord(char): token for token, char in stand_in.items()}
 
 
+class RefusedDialogue(ValueError):
+    """The model's own template will not write a dialogue, such as two user turns in a row."""
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], *, generate: bool
 ) -> str:
@@ -173,7 +177,7 @@ def _render(
             list(turns), tokenize=False, add_generation_prompt=generate
         )
     except TemplateError as error:
-        raise ValueError(f"the chat template refuses a dialogue: {error}") from error
+        raise RefusedDialogue(f"the chat template refuses a dialogue: {error}") from error
     return str(text)
 
 
@@ -328,6 +332,8 @@ class Fitting(Generic[Row]):
     """The rows of a stage that fit the lengths of the config, and what happened to the others."""
 
     rows: list[Row] = field(default_factory=list)
+    refused: int = 0
+    """Rows dropped because the chat template refuses the dialogue."""
     long_prompts: int = 0
     """Rows dropped because the prompt is longer than `max_prompt_length`."""
     cut_responses: int = 0
@@ -338,6 +344,7 @@ class Fitting(Generic[Row]):
     def lines(self) -> list[str]:
         """One line of text for each thing that happened."""
         counts = (
+            (self.refused, "rows dropped: the chat template refuses the dialogue"),
             (self.long_prompts, "rows dropped: the prompt is longer than max_prompt_length"),
             (self.cut_responses, "rows kept with a response cut to max_length"),
             (self.equal_pairs, "pairs dropped: their responses are equal once cut"),
@@ -351,12 +358,16 @@ def _fitting(
     pairs: Sequence[PreferencePair],
     config: DataConfig,
 ) -> Iterator[tuple[PreferencePair, list[int]]]:
-    """Pairs whose prompt fits, and its ids: the one place where a long prompt drops a row.
+    """Pairs whose prompt fits, and its ids: the one place where a prompt drops a row.
 
     The caller appends to `fitting.rows`; nothing left at the end is an error.
     """
     for pair in tqdm(pairs, desc="encode", delay=2, disable=not is_main_rank()):
-        prompt_ids = encode_prompt(tokenizer, pair.prompt)
+        try:
+            prompt_ids = encode_prompt(tokenizer, pair.prompt)
+        except RefusedDialogue:
+            fitting.refused += 1
+            continue
         if len(prompt_ids) > config.max_prompt_length:
             fitting.long_prompts += 1
         else:

@@ -218,6 +218,13 @@ def test_demonstrations_serve_sft_and_ppo_but_no_reward_model(tmp_path: Path):
         load_source(source, "reward")
 
 
+def test_a_null_in_the_first_row_hides_no_schema(tmp_path: Path):
+    good = {"chosen": "\n\nHuman: A?\n\nAssistant: b", "rejected": "\n\nHuman: A?\n\nAssistant: c"}
+    rows = load_source(write_lines(tmp_path / "a.jsonl", {**good, "chosen": None}, good), "reward")
+    assert len(rows) == 1
+    assert rows.report.first == {"missing column chosen": "line 1"}
+
+
 # Bad input
 
 

@@ -225,6 +225,17 @@ def test_rows_that_do_not_fit_are_dropped_and_counted():
         keep_fitting(KIT, rows[1:2], config)
 
 
+def test_rows_that_the_models_template_refuses_are_dropped_and_counted():
+    alternating = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    twice = PreferencePair((user("Hi"), user("Hello?")))
+    fitting = keep_fitting(byte_tokenizer(template=alternating), [twice, pair("Hi")], DataConfig())
+    assert fitting.rows == [pair("Hi")]
+    assert fitting.lines() == ["1 rows dropped: the chat template refuses the dialogue"]
+
+
 # Batches
 
 
