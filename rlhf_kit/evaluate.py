@@ -55,7 +55,7 @@ from rlhf_kit.tokenization import (
 from rlhf_kit.types import PreferencePair, PromptBatch, Rollout
 
 BATCH = 64
-"""Prompts generated for, and rows forwarded, at once."""
+"""Prompts generated for at once. Forward passes see ppo.micro_batch_size rows, as in training."""
 PAIRS_PER_PROMPT = 2
 """Held-out preference pairs for each held-out prompt."""
 
@@ -96,11 +96,12 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test") -> dict[str, Any]:
     scorer = Scorer(run / "reward", config, tokenizer) if is_complete(run / "reward") else None
     sft = _load_actor(directories["sft"], tokenizer, config)
 
+    rows = config.ppo.micro_batch_size
     sampled: dict[str, ActorEvaluation] = {}
     greedy: dict[str, ActorEvaluation] = {}
     for name, directory in directories.items():
         model = sft if name == "sft" else _load_actor(directory, tokenizer, config)
-        actor = Actor(model, tokenizer)
+        actor = Actor(model, tokenizer, rows)
         for temperature, results in ((1.0, sampled), (0.0, greedy)):
             with_kl = name != "base" and temperature == 1
             results[name] = evaluate_actor(
@@ -110,7 +111,7 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test") -> dict[str, Any]:
                 decode=lambda ids: decode_response(tokenizer, ids),
                 score=scorer.normalised if scorer else None,
                 judge=held_out.judge,
-                ref_logprobs=(lambda rollout: logprobs(sft, rollout)) if with_kl else None,
+                ref_logprobs=(lambda rollout: logprobs(sft, rollout, rows)) if with_kl else None,
                 name=f"{name} {'sampled' if temperature else 'greedy'}",
             )
     result = summarise(sampled, greedy, config.evaluation)
@@ -204,8 +205,9 @@ def prompt_batches(tokenizer: Any, prompts: Sequence[PreferencePair]) -> list[Pr
 class Actor:
     """Generates with a loaded model."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, rows: int) -> None:
         self.model = model
+        self.rows = rows
         self.decoder = Decoder(
             model,
             eos_token_ids=stop_token_ids(tokenizer, model),
@@ -226,15 +228,20 @@ class Actor:
             seeds=prompts.seeds.to(device),
         )
         rollout = self.decoder.generate(moved, generation)
-        return dataclasses.replace(rollout, logprobs=logprobs(self.model, rollout))
+        return dataclasses.replace(rollout, logprobs=logprobs(self.model, rollout, self.rows))
 
 
 @torch.no_grad()
-def logprobs(model: Any, rollout: Rollout) -> Tensor:
-    """[B, R] log-probabilities of the response tokens at temperature 1."""
+def logprobs(model: Any, rollout: Rollout, rows: int) -> Tensor:
+    """[B, R] log-probabilities of the response tokens at temperature 1, `rows` at a time."""
     length = rollout.response_ids.shape[1]
-    logits = response_logits(model, rollout.sequences, rollout.attention_mask, length)
-    return token_logprobs(logits, rollout.response_ids)
+    parts = [
+        token_logprobs(response_logits(model, ids, mask, length), ids[:, -length:])
+        for ids, mask in zip(
+            rollout.sequences.split(rows), rollout.attention_mask.split(rows), strict=True
+        )
+    ]
+    return torch.cat(parts)
 
 
 class Scorer:
@@ -250,14 +257,13 @@ class Scorer:
         self.model = ValueModel(scorer).eval()
         self.model.to(local_device())
         self.max_length = config.data.max_length
+        self.rows = config.ppo.micro_batch_size
 
-    @torch.no_grad()
     def normalised(self, rollout: Rollout) -> Tensor:
         """[B] scores in standard deviations of the demonstrations' scores, 0 their mean."""
         if self.shares_tokenizer:
-            values = self.model(rollout.sequences, rollout.attention_mask)
             last = rollout.prompts.input_ids.shape[1] + rollout.response_mask.sum(-1) - 1
-            scores = last_token_scores(values, last)
+            scores = self._forward(rollout.sequences, rollout.attention_mask, last)
         else:
             texts = [
                 decode_response(self.actor_tokenizer, ids[mask].tolist())
@@ -268,29 +274,28 @@ class Scorer:
 
     def pairs(self, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
         """Raw scores [N] of the chosen and [N] of the rejected responses."""
-        chosen, rejected = (
-            torch.cat(
-                [
-                    self._texts(
-                        [pair.prompt for pair in pairs[start : start + BATCH]],
-                        [getattr(pair, field) or "" for pair in pairs[start : start + BATCH]],
-                        [True] * len(pairs[start : start + BATCH]),
-                    )
-                    for start in range(0, len(pairs), BATCH)
-                ]
-            )
-            for field in ("chosen", "rejected")
-        )
+        dialogues, ended = [pair.prompt for pair in pairs], [True] * len(pairs)
+        chosen = self._texts(dialogues, [pair.chosen or "" for pair in pairs], ended)
+        rejected = self._texts(dialogues, [pair.rejected or "" for pair in pairs], ended)
         return chosen, rejected
 
-    @torch.no_grad()
     def _texts(
         self, dialogues: Sequence[Any], responses: Sequence[str], ended: Sequence[bool]
     ) -> Tensor:
         batch = encode_scored(self.tokenizer, dialogues, responses, ended, self.max_length)
+        return self._forward(batch.input_ids, batch.attention_mask, batch.last_index)
+
+    @torch.no_grad()
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor, last_index: Tensor) -> Tensor:
+        """[B] scores at `last_index`, a few rows at a time."""
         device = local_device()
-        values = self.model(batch.input_ids.to(device), batch.attention_mask.to(device))
-        return last_token_scores(values, batch.last_index.to(device))
+        parts = [
+            last_token_scores(self.model(ids.to(device), mask.to(device)), last.to(device))
+            for ids, mask, last in zip(
+                *(x.split(self.rows) for x in (input_ids, attention_mask, last_index)), strict=True
+            )
+        ]
+        return torch.cat(parts)
 
 
 def _load_actor(directory: str, tokenizer: Any, config: RunConfig) -> Any:

@@ -207,4 +207,4 @@ def test_logprobs_are_those_of_a_forward_over_one_unpadded_row():
     with torch.no_grad():
         logits = model(torch.tensor([prompt + response])).logits[0].double()
     expected = [logits[2 + r].log_softmax(-1)[token].item() for r, token in enumerate(response)]
-    assert logprobs(model, rollout)[0, :2].tolist() == pytest.approx(expected, abs=1e-5)
+    assert logprobs(model, rollout, 1)[0, :2].tolist() == pytest.approx(expected, abs=1e-5)

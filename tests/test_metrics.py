@@ -4,11 +4,50 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_kit.metrics import MetricsLog, Phases, history, read_metrics, summary
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
+LOGGED = """
+    loss/train loss/eval optim/lr optim/grad_norm perf/tokens_per_second
+    reward/accuracy reward/margin reward/chosen reward/rejected
+    eval/accuracy eval/accuracy/<kind>
+    objective/kl objective/kl_k3 objective/kl_coef objective/entropy objective/score_raw
+    objective/score objective/reward_sum
+    policy/loss policy/approx_kl policy/clipfrac policy/ratio_mean policy/ratio_var
+    value/loss value/clipfrac value/explained_variance
+    mixture/loss mixture/coef
+    response/length response/eos_rate response/truncated_rate
+    advantage/mean advantage/std
+    optim/actor_grad_norm optim/critic_grad_norm optim/actor_lr optim/critic_lr
+    engine/logprob_gap_max engine/logprob_gap_mean
+    ema/decay ema/distance
+    phase/generate/seconds phase/score/seconds phase/train/seconds
+    perf/pairs_per_second perf/generated_tokens_per_second
+    ppo/epochs_done
+""".split()
+
+
+def explained() -> list[str]:
+    """The keys that stand in the first column of a table of docs/metrics.md."""
+    first = [line.split("|")[1] for line in DOCUMENT.read_text().splitlines() if line[:3] == "| `"]
+    return [key.strip(" `") for cell in first for key in cell.split(",")]
+
+
+@pytest.mark.parametrize("key", LOGGED)
+def test_the_document_explains_every_logged_key_once(key):
+    assert explained().count(key) == 1
+
+
+def test_the_page_draws_documented_keys_only():
+    from rlhf_kit.report_page import PANELS
+
+    drawn = {key for panels in PANELS.values() for keys in panels.values() for key in keys}
+    assert drawn <= set(explained())
 
 
 def test_logged_numbers_come_back_as_they_were(tmp_path):

@@ -58,8 +58,7 @@ def evaluation():
     }
 
 
-@pytest.fixture
-def run_dir(tmp_path):
+def make_run(path):
     record = {
         "config": preset("toy").to_dict(),
         "seed": 1,
@@ -68,9 +67,9 @@ def run_dir(tmp_path):
         "stages": {"02_sft": {"seconds": 20.0}, "04_ppo": {"seconds": 70.0}},
         "finished": "2026-11-22T00:00:00+00:00",
     }
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    (path / "run.json").write_text(json.dumps(record))
     for stage in ("sft", "reward", "ppo"):
-        with MetricsLog(tmp_path / stage, tensorboard=False) as log:
+        with MetricsLog(path / stage, tensorboard=False) as log:
             for step in range(3):
                 log(step, {"loss/train": 1.0, "objective/kl": 0.1 * step})
         summary = {"seconds": 10.0, "tokens": 500, "phases": {}}
@@ -79,12 +78,24 @@ def run_dir(tmp_path):
                 "generate": {"seconds": 2.0, "tokens": 100},
                 "train": {"seconds": 6.0, "tokens": 0},
             }
-        (tmp_path / stage / "summary.json").write_text(json.dumps(summary))
-    return tmp_path
+        (path / stage / "summary.json").write_text(json.dumps(summary))
+    return path
 
 
-def test_the_report_holds_what_it_promises(run_dir, evaluation):
-    made = report.build(run_dir, evaluation=evaluation)
+@pytest.fixture
+def run_dir(tmp_path):
+    return make_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, evaluation):
+    """A run whose report was built, for tests that only look."""
+    run = make_run(tmp_path_factory.mktemp("run"))
+    return run, report.build(run, evaluation=evaluation)
+
+
+def test_the_report_holds_what_it_promises(built):
+    run_dir, made = built
     assert report.load(run_dir) == json.loads(json.dumps(made))
     for key in ("gold", "gold_greedy", "proxy"):
         for model in ("base", "sft", "final", "ema"):
@@ -99,8 +110,8 @@ def test_the_report_holds_what_it_promises(run_dir, evaluation):
     assert made["commit"] == "0123456789abcdef"
 
 
-def test_seconds_throughput_and_shares_by_hand(run_dir, evaluation):
-    made = report.build(run_dir, evaluation=evaluation)
+def test_seconds_throughput_and_shares_by_hand(built):
+    _, made = built
     assert made["seconds"] == {
         "sft": 10.0, "reward": 10.0, "ppo": 10.0, "evaluation": 5.0, "total": 95.0,
     }  # fmt: skip
@@ -114,8 +125,8 @@ def test_an_unfinished_runs_total_is_the_sum_of_its_stages(run_dir, evaluation):
     assert report.build(run_dir, evaluation=evaluation)["seconds"]["total"] == 35.0
 
 
-def test_a_clear_gain_is_called_learning_and_nothing_is_warned_about(run_dir, evaluation):
-    made = report.build(run_dir, evaluation=evaluation)
+def test_a_clear_gain_is_called_learning_and_nothing_is_warned_about(built):
+    _, made = built
     assert made["verdict"].startswith("PPO learned: gold score 0.5")
     assert made["warnings"] == []
 
@@ -206,9 +217,8 @@ class Page(HTMLParser):
             self.open.pop()
 
 
-def test_the_page_is_self_contained_and_runs_nothing_a_model_wrote(run_dir, evaluation):
-    report.build(run_dir, evaluation=evaluation)
-    text = (run_dir / "report.html").read_text()
+def test_the_page_is_self_contained_and_runs_nothing_a_model_wrote(built):
+    text = (built[0] / "report.html").read_text()
     page = Page(text)
     assert not {"script", "img", "link", "iframe", "object", "form"} & page.tags
     assert all(link.startswith(("#", "data:image/png")) for link in page.links)
@@ -218,9 +228,8 @@ def test_the_page_is_self_contained_and_runs_nothing_a_model_wrote(run_dir, eval
     assert page.open == []
 
 
-def test_the_page_follows_the_readers_theme(run_dir, evaluation):
-    report.build(run_dir, evaluation=evaluation)
-    text = (run_dir / "report.html").read_text()
+def test_the_page_follows_the_readers_theme(built):
+    text = (built[0] / "report.html").read_text()
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     assert "stroke: currentColor" in text and "var(--grid)" in text
     assert "#24292f" not in text
@@ -233,8 +242,8 @@ def test_nothing_half_written_is_left_behind(run_dir, evaluation):
     assert names == {"run.json", "report.json", "report.html", "sft", "reward", "ppo"}
 
 
-def test_the_terminal_report_fits_a_hundred_columns(run_dir, evaluation, capsys):
-    report.print_terminal(report.build(run_dir, evaluation=evaluation))
+def test_the_terminal_report_fits_a_hundred_columns(built, capsys):
+    report.print_terminal(built[1])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert len(lines) <= 40
