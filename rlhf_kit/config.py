@@ -80,7 +80,8 @@ class EngineConfig:
     """How DeepSpeed holds one trained model."""
 
     zero_stage: int = 0
-    """0 replicates all; 1 shards optimiser states, 2 also gradients, 3 also parameters."""
+    """0 replicates all; 1 shards optimiser states, 2 also gradients, 3 also parameters.
+    With bf16, 0 does what 1 does."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of weights and activations; the optimiser keeps fp32 master weights."""
     offload_optimizer: bool = False

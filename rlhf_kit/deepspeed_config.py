@@ -14,7 +14,10 @@ def deepspeed_config(engine: EngineConfig, *, max_grad_norm: float) -> dict[str,
     boundary, however many backward passes came before it, so that PPO and mixture batches of
     any number meet in one optimiser step. The micro-batch size only serves DeepSpeed's log.
     """
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    # With bf16 at stage 0 DeepSpeed takes a wrapper written for LAMB, whose start counts as an
+    # Adam step and decays the weights. Stage 1 computes what stage 0 should.
+    stage = max(engine.zero_stage, 1) if engine.dtype == "bf16" else engine.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if engine.offload_parameters:
