@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from rlhf_kit.toy_world import BASE_DIR
 from rlhf_kit.toy_world.base_evaluation import evaluate, mean_accuracy
 from rlhf_kit.toy_world.corpus import build_corpus
 from rlhf_kit.toy_world.tokenizer import train_tokenizer
@@ -34,7 +35,7 @@ class Recipe:
     batch_size: int
     lr: float
     device: str
-    layers: int = 6
+    layers: int = 4
     hidden: int = 128
     sequence_length: int = 128
     """T of a training row; rows are cut out of the corpus without regard to documents."""
@@ -51,21 +52,22 @@ class Recipe:
 
 PRESETS = {
     "gpu": Recipe(
-        steps=30_000,
+        steps=45_000,
         batch_size=64,
-        lr=3e-3,
+        lr=4e-3,
         device="cuda",
         processes=15,
         compile_mode="reduce-overhead",
     ),
-    "cpu": Recipe(
-        steps=24_000, batch_size=16, lr=3e-3, device="cpu", corpus_tokens=50_000_000
-    ),
+    "cpu": Recipe(steps=24_000, batch_size=16, lr=3e-3, device="cpu", corpus_tokens=50_000_000),
 }
 
 
 def make_base_model(recipe: Recipe, output_dir: Path) -> None:
     """Train the tokenizer, write the corpus, train the model; save all in HF format."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("This recipe needs a CUDA device and there is none; use --preset cpu.")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the corpus is written by processes instead
     output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(seed=recipe.seed)
     tokenizer.save_pretrained(output_dir)
@@ -101,9 +103,7 @@ def new_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train(
-    model: LlamaForCausalLM, ids: np.ndarray, loss_mask: np.ndarray, recipe: Recipe
-) -> None:
+def train(model: LlamaForCausalLM, ids: np.ndarray, loss_mask: np.ndarray, recipe: Recipe) -> None:
     """AdamW with warm-up and linear decay; on a GPU the forward pass runs in bf16."""
     device = torch.device(recipe.device)
     model.to(device).train()
@@ -140,7 +140,9 @@ def train(
         if step % 500 == 0 or step == recipe.steps - 1:
             seconds = time.perf_counter() - started
             speed = (step + 1) * recipe.batch_size * recipe.sequence_length / seconds
-            print(f"step {step}: loss {loss:.4f}, {speed:,.0f} tokens/s, {seconds:.0f} s", flush=True)
+            print(
+                f"step {step}: loss {loss:.4f}, {speed:,.0f} tokens/s, {seconds:.0f} s", flush=True
+            )
     model.eval()
 
 
@@ -177,9 +179,8 @@ def report(directory: Path, device: str, per_family: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--output-dir", type=Path, help="make a base model there")
-    action.add_argument("--evaluate", type=Path, metavar="DIR", help="evaluate the model in DIR")
+    parser.add_argument("--output-dir", type=Path, default=BASE_DIR, help="make the model there")
+    parser.add_argument("--evaluate", type=Path, metavar="DIR", help="only evaluate the one in DIR")
     parser.add_argument("--preset", choices=PRESETS, default="gpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="instead of the preset's")
@@ -189,8 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = PRESETS[options.preset]
     changes = {"seed": options.seed, "steps": options.steps, "layers": options.layers}
     recipe = replace(recipe, **{name: v for name, v in changes.items() if v is not None})
-    if options.output_dir:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if options.evaluate is None:
         make_base_model(recipe, options.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report(options.evaluate or options.output_dir, device, options.per_family)

@@ -20,8 +20,10 @@ from rlhf_kit.toy_world.style import (
 )
 from rlhf_kit.toy_world.tasks import Task, draw_task
 
-P_CORRECT, P_POLITE, P_RUDE, P_RAMBLE = 0.75, 0.20, 0.30, 0.60
-"""Quality of a demonstration: probability of a right core, of a tone, of fillers."""
+P_CORRECT, P_RAMBLE = 0.75, 0.60
+"""Quality of a demonstration: probability of a right core, and of fillers."""
+TONES = {"polite": 0.25, "rude": 0.25, "neutral": 0.50}
+"""Probability of each tone in a demonstration."""
 SMALLEST_GAP = 0.03
 """Two responses whose gold scores differ by less are no preference pair."""
 KIND_WEIGHTS = {"correctness": 3, "politeness": 1, "brevity": 1, "mixed": 1}
@@ -90,11 +92,12 @@ def prompts(n: int, *, seed: int, split: str) -> list[dict]:
     return [{"prompt": task.prompt(), "family": task.family} for task in tasks]
 
 
-def draw_style(rng: Random, tone: str | None = None, fillers: int | None = None) -> Style:
+def draw_style(
+    rng: Random, tone: str | None = None, fillers: int | None = None, tones: dict = TONES
+) -> Style:
     """Draw what stands around a core; by default with the demonstrations' mixed quality."""
     if tone is None:
-        weights = (P_POLITE, P_RUDE, 1 - P_POLITE - P_RUDE)
-        tone = rng.choices(("polite", "rude", "neutral"), weights)[0]
+        tone = rng.choices(tuple(tones), tuple(tones.values()))[0]
     if fillers is None:
         fillers = rng.randint(1, 3) if rng.random() < P_RAMBLE else 0
     opener = closer = ""

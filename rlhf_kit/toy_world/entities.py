@@ -16,7 +16,8 @@ ANIMALS = tuple(
 )
 PLACES = tuple(
     """Varnholm Eskera Tindle Morrow Glaspen Oldby Ravik Sunfell Keldor Pillan Ostra Windle
-    Harrowby Lintz Caldera Norwick Bexley Umber Fennig Drovan Thistle Yarrow Zelmar Quenby""".split()
+    Harrowby Lintz Caldera Norwick Bexley Umber Fennig Drovan Thistle Yarrow Zelmar
+    Quenby""".split()
 )
 NAMES = tuple(
     """Lily Tom Anna Ben Clara David Emma Felix Greta Hugo Ida Jack Kira Leo Mona Nils Olga Paul

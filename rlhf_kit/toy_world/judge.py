@@ -121,9 +121,7 @@ def _marked(words: list[str], sentences: tuple[str, ...]) -> list[int]:
     """Lengths in words of the style sentences that occur, one entry an occurrence."""
     text = f" {' '.join(words)} "
     return [
-        len(sentence.split())
-        for sentence in sentences
-        for _ in range(text.count(f" {sentence} "))
+        len(sentence.split()) for sentence in sentences for _ in range(text.count(f" {sentence} "))
     ]
 
 

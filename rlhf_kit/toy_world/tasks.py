@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from random import Random
 
 from rlhf_kit.toy_world import entities as world
@@ -150,6 +150,6 @@ def _slot_expression(slot: str) -> str:
     return r"\d{1,2}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _patterns_of(family: str) -> tuple[Pattern, ...]:
     return tuple(pattern for pattern in PATTERNS if pattern.family == family)
