@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_kit.blending import Blend
 from rlhf_kit.checkpoint import is_complete
-from rlhf_kit.config import RunConfig, from_dict, require
+from rlhf_kit.config import GenerationConfig, RunConfig, from_dict, require
 from rlhf_kit.distributed import derive_seed, local_device
 from rlhf_kit.functional import token_logprobs
 from rlhf_kit.hybrid_engine.decode import Decoder
@@ -105,7 +105,7 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test") -> dict[str, Any]:
         for temperature, results in ((1.0, sampled), (0.0, greedy)):
             with_kl = name != "base" and temperature == 1
             results[name] = evaluate_actor(
-                actor.generate,
+                actor.generate_for_kl if with_kl else actor.generate,
                 prompts,
                 dataclasses.replace(config.generation, temperature=temperature),
                 decode=lambda ids: decode_response(tokenizer, ids),
@@ -153,6 +153,9 @@ def toy_world_data(config: RunConfig, split: str) -> HeldOut:
     """Prompts and pairs whose entities training never combined so, labels without errors."""
     from rlhf_kit import toy_world
 
+    def judge(prompt: Any, response: str, ended: bool) -> toy_world.GoldScore:
+        return toy_world.judge(list(prompt), response, ended=ended)
+
     n = config.evaluation.prompts
     prompts = toy_world.prompts(n, seed=SEED, split=split)
     pairs = toy_world.preferences(PAIRS_PER_PROMPT * n, seed=SEED, split=split, flip=0.0)
@@ -163,7 +166,7 @@ def toy_world_data(config: RunConfig, split: str) -> HeldOut:
             for row in pairs
         ),
         families=tuple(row["family"] for row in pairs),
-        judge=lambda prompt, response, ended: toy_world.judge(list(prompt), response, ended=ended),
+        judge=judge,
     )
 
 
@@ -214,12 +217,7 @@ class Actor:
             pad_token_id=tokenizer.pad_token_id,
         )
 
-    def generate(self, prompts: PromptBatch, generation: Any) -> Rollout:
-        """A rollout whose logprobs are a plain forward's, as the SFT model's are.
-
-        The decoder's own leave out an EOS that would have come too early, and are rounded
-        otherwise; the KL of a model to itself would then not be 0.
-        """
+    def generate(self, prompts: PromptBatch, generation: GenerationConfig) -> Rollout:
         device = next(self.model.parameters()).device
         moved = dataclasses.replace(
             prompts,
@@ -227,7 +225,15 @@ class Actor:
             attention_mask=prompts.attention_mask.to(device),
             seeds=prompts.seeds.to(device),
         )
-        rollout = self.decoder.generate(moved, generation)
+        return self.decoder.generate(moved, generation)
+
+    def generate_for_kl(self, prompts: PromptBatch, generation: GenerationConfig) -> Rollout:
+        """A rollout whose logprobs are a plain forward's, as the SFT model's are.
+
+        The decoder's own leave out an EOS that would have come too early, and are rounded
+        otherwise; the KL of a model to itself would then not be 0.
+        """
+        rollout = self.generate(prompts, generation)
         return dataclasses.replace(rollout, logprobs=logprobs(self.model, rollout, self.rows))
 
 

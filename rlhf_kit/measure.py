@@ -99,7 +99,8 @@ def evaluate_actor(
     )
     require(len(prompts) > 0, "an evaluation needs at least one batch of prompts")
     columns: list[dict[str, Any]] = []
-    for batch in tqdm(prompts, desc=f"evaluate {name}", leave=False, disable=not is_main_rank()):
+    quiet = None if is_main_rank() else True  # None: a bar in a terminal, none in a log file
+    for batch in tqdm(prompts, desc=f"evaluate {name}", leave=False, disable=quiet):
         rollout = generate(batch, generation)
         rows = _rows(rollout, decode)
         if judge is not None:

@@ -23,6 +23,8 @@ from rlhf_kit.types import STAGES
 
 EQUAL = 1e-6
 """Weights closer than this (relative L2) count as equal."""
+NEAR_CHANCE = 0.6
+"""A reward model's accuracy on one kind of pair below which PPO is likely to exploit it."""
 FEW_ENDED = 0.5
 """A smaller share of responses that end by themselves is worth a warning."""
 
@@ -132,13 +134,19 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
             f"Only {ended:.0%} of the final model's responses end by themselves; the others are "
             "cut at max_new_tokens."
         )
-    accuracy = report.get("reward_model", {}).get("accuracy_interval")
-    if accuracy and accuracy["low"] <= 0.5:
-        found.append("The reward model may be no better than chance on held-out pairs.")
-    for kind, value in report.get("reward_model", {}).get("accuracy_by_kind", {}).items():
-        if value < 0.55:
-            found.append(f"The reward model cannot tell pairs of kind {kind} apart ({value:.0%}).")
+    if "reward_model" in report:
+        found += _reward_model_warnings(report["reward_model"])
     return found
+
+
+def _reward_model_warnings(reward_model: Mapping[str, Any]) -> list[str]:
+    if reward_model["accuracy_interval"]["low"] <= 0.5:
+        return ["The reward model may be no better than chance on held-out pairs."]
+    kinds = reward_model["accuracy_by_kind"].items()
+    weak = [f"{kind} ({accuracy:.0%})" for kind, accuracy in kinds if accuracy < NEAR_CHANCE]
+    if weak:
+        return [f"The reward model hardly tells pairs apart that differ in: {', '.join(weak)}."]
+    return []
 
 
 def _difference(report: Mapping[str, Any], judge: str, pair: str) -> dict[str, float] | None:

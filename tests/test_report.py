@@ -155,6 +155,14 @@ def test_the_verdict_and_the_warnings_follow_the_intervals(evaluation):
     assert "changed nothing" in report.verdict(changed)
 
 
+def test_a_kind_of_pair_that_the_average_hides_is_named(evaluation):
+    changed = copy.deepcopy(evaluation)
+    changed["reward_model"]["accuracy_by_kind"] = {"style": 0.99, "truth": 0.54}
+    assert report.warnings(changed) == [
+        "The reward model hardly tells pairs apart that differ in: truth (54%)."
+    ]
+
+
 def test_without_gold_the_verdict_names_the_proxy_and_no_overoptimisation_is_claimed(evaluation):
     changed = copy.deepcopy(evaluation) | {"gold": {}, "gold_greedy": {}, "win_rate_judge": "proxy"}
     assert "proxy score" in report.verdict(changed)
