@@ -188,6 +188,10 @@ class DataConfig:
             0 < self.max_prompt_length < self.max_length,
             "max_prompt_length must be positive and below max_length",
         )
+        require(
+            len(self.rows) == 3 and min(self.rows) >= 0,
+            "rows needs three counts, none negative, for sft, reward and ppo",
+        )
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,12 @@ class SFTConfig:
     """Rows a forward pass, on one rank."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimiser and schedule."""
+
+    def __post_init__(self) -> None:
+        require(
+            min(self.epochs, self.batch_size, self.micro_batch_size) > 0,
+            "sft epochs and batch sizes must be positive",
+        )
 
 
 @dataclass(frozen=True)
@@ -224,7 +234,12 @@ class RewardConfig:
     """Optimiser and schedule."""
 
     def __post_init__(self) -> None:
+        require(
+            min(self.epochs, self.batch_size, self.micro_batch_size) > 0,
+            "reward epochs and batch sizes must be positive",
+        )
         require(self.init_from in ("sft", "base"), "init_from must be sft or base")
+        require(self.center_coef >= 0, "center_coef must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -341,6 +356,17 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         require(self.iterations > 0 and self.epochs > 0, "iterations and epochs must be positive")
+        require(
+            min(self.batch_size, self.minibatch_size, self.micro_batch_size) > 0,
+            "ppo batch sizes must be positive",
+        )
+        require(
+            0 <= self.critic_warmup_iterations < self.iterations,
+            f"ppo.critic_warmup_iterations is {self.critic_warmup_iterations} of {self.iterations} "
+            "iterations, so the actor would never learn; lower it",
+        )
+        require(self.score_clip > 0, "score_clip must be positive")
+        require(self.importance_cap > 0, "importance_cap must be positive")
         require(0 < self.gamma <= 1 and 0 <= self.lam <= 1, "gamma and lam must lie in [0, 1]")
         require(self.clip_ratio > 0 and self.value_clip > 0, "clip ranges must be positive")
         require(self.dual_clip == 0 or self.dual_clip > 1, "dual_clip must be 0 (off) or above 1")

@@ -222,12 +222,14 @@ def value_loss(
     return masked_sum(losses, response_mask) / denominator, {"value/clipfrac": clipfrac}
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) under the mask: 1 perfect, 0 a constant's worth."""
-    kept = returns[mask].double()
-    residual = kept - values[mask].double()
-    variance = kept.var(unbiased=False)
-    return 1.0 - residual.var(unbiased=False) / variance.clamp(min=1e-12)
+def explained_variance(residuals: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 perfect, 0 a constant's worth.
+
+    From the added-up `moments` of returns - values, and of returns.
+    """
+    _, residual = mean_and_std(residuals)
+    _, spread = mean_and_std(returns)
+    return 1.0 - residual**2 / max(spread**2, 1e-12)
 
 
 def pairwise_loss(

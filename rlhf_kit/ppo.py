@@ -60,7 +60,7 @@ class PPOTrainer:
         """Sample a response to each of this rank's prompts [B, P] and score it."""
         with self.phases("generate") as phase:
             self.engine.actor.eval()
-            rollout = self.engine.actor.generate(prompts, self.generation)
+            rollout = self.engine.actor.generate(prompts.to(self.engine.device), self.generation)
             phase.tokens += int(rollout.response_mask.sum())
         self.last_rollout = rollout
         with self.phases("score") as phase:

@@ -6,7 +6,9 @@ Shapes: B batch, P prompt, R response, T = P + R, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +43,7 @@ from rlhf_kit.tokenization import (
 from rlhf_kit.types import Rollout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def trim(
@@ -97,15 +99,13 @@ class RLHFEngine:
         distributed.seed_everything(args.seed)
 
         actor = load_causal_lm(actor_model_name_or_path, tokenizer, dtype=args.actor_engine.dtype)
+        self._ref = None
         if args.actor_engine.lora.rank:
             require(args.actor_engine.lora.dropout == 0, "lora dropout must be 0 in PPO")
             add_lora(actor, args.actor_engine.lora)
-        self._ref = None
-        if not args.actor_engine.lora.rank:
-            self._ref = load_causal_lm(
-                actor_model_name_or_path, tokenizer, dtype=args.actor_engine.dtype
-            ).to(self.device)
-            self._ref.eval().requires_grad_(False)
+        else:
+            # A copy, not loaded again: rows added for new tokens are random, and must be equal.
+            self._ref = copy.deepcopy(actor).to(self.device).eval().requires_grad_(False)
         self.actor = HybridEngine(
             actor,
             args.actor_engine,
@@ -124,11 +124,10 @@ class RLHFEngine:
         self.score_mean, self.score_std = saved_normalisation(scorer)
         self.reward = ValueModel(scorer).to(self.device).eval().requires_grad_(False)
         if self.shares_tokenizer:
+            # A copy, so that the critic starts from the very scores, even of an untrained head.
             value_model = ValueModel(
-                load_scorer(critic_model_name_or_path, tokenizer, dtype=args.critic_engine.dtype),
-                mean=self.score_mean,
-                std=self.score_std,
-            )
+                copy.deepcopy(scorer), mean=self.score_mean, std=self.score_std
+            ).requires_grad_(True)
         else:
             distributed.print_main(
                 "the reward model has another tokenizer: responses are re-encoded for it, and "
@@ -147,7 +146,7 @@ class RLHFEngine:
         )
 
     @contextlib.contextmanager
-    def _ref_model(self):
+    def _ref_model(self) -> Iterator[PreTrainedModel]:
         """The frozen SFT model: a copy, or the actor with its adapters off."""
         if self._ref is not None:
             yield self._ref

@@ -159,7 +159,8 @@ def _rollout_metrics(
     k1 = f.kl_k1(experience.old_logprobs, experience.ref_logprobs)
     k3 = f.kl_k3(experience.old_logprobs, experience.ref_logprobs)
     gap = (experience.rollout_logprobs - experience.old_logprobs).abs()
-    variance = f.explained_variance(experience.values, experience.returns, mask)
+    residuals = f.moments(experience.returns - experience.values, mask)
+    returns = f.moments(experience.returns, mask)
     ended = rollout.ended.float().sum()
     sums = {
         "objective/kl": f.masked_sum(k1, mask),
@@ -170,7 +171,6 @@ def _rollout_metrics(
         "response/length": mask.sum(),
         "response/eos_rate": ended,
         "response/truncated_rate": len(experience) - ended,
-        "value/explained_variance": variance * len(experience),
     }
     totals = torch.stack([value.double() for value in sums.values()])
     rows = torch.tensor([float(len(experience))], dtype=torch.float64, device=totals.device)
@@ -181,6 +181,9 @@ def _rollout_metrics(
     largest = torch.where(mask, gap, torch.zeros_like(gap)).max()
     return {
         **{key: total / rows_total for key, total in zip(sums, totals, strict=True)},
+        "value/explained_variance": f.explained_variance(
+            distributed.all_sum(residuals), distributed.all_sum(returns)
+        ),
         "engine/logprob_gap_mean": gap_total / max(tokens_total, 1.0),
         "engine/logprob_gap_max": float(distributed.all_max(largest)),
     }

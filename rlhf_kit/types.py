@@ -73,6 +73,15 @@ class PromptBatch:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def to(self, device: torch.device) -> PromptBatch:
+        """The same prompts with their tensors on `device`."""
+        return PromptBatch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.seeds.to(device),
+            self.dialogues,
+        )
+
 
 @dataclass(frozen=True)
 class Rollout:
