@@ -8,6 +8,8 @@ direction of constant size in its residual stream, onto which the head's EOS row
 
     python benchmarks/decode_cpu.py [--actor DIR] [--repeats 9]
 
+The result file keeps the last report of each actor: `random`, and directories by their name.
+
 Shapes: B batch, P prompt, R response.
 """
 
@@ -211,7 +213,6 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "actor": Path(args.actor).name if args.actor else "random",
         "shape": {
             "layers": config.num_hidden_layers,
             "hidden": config.hidden_size,
@@ -227,8 +228,10 @@ def main() -> None:
             for name, result in results.items()
         },
     }
+    reports = json.loads(args.output.read_text()) if args.output.exists() else {}
+    reports[Path(args.actor).name if args.actor else "random"] = report
     args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    args.output.write_text(json.dumps(reports, indent=2) + "\n")
     print(f"written to {args.output}")
 
 
