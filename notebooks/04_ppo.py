@@ -52,7 +52,7 @@ from rlhf_kit.hybrid_engine.training import start_deepspeed
 from rlhf_kit.metrics import MetricsLog, read_metrics
 from rlhf_kit.models import resolve_model
 from rlhf_kit.plots import plot_curves
-from rlhf_kit.rollout import PromptLoader
+from rlhf_kit.rollout import PromptLoader, write_samples
 from rlhf_kit.run_directory import RunDirectory
 from rlhf_kit.tokenization import (
     as_text,
@@ -121,6 +121,7 @@ trainer = DeepSpeedPPOTrainer(
 log = MetricsLog(
     run.stage("ppo"), console=["objective/score", "objective/kl"], purge_step=0
 )
+samples = run.stage("ppo") / "samples.jsonl"
 for prompt_batch in tqdm(prompt_train_dataloader, disable=None):
     out = trainer.generate_experience(prompt_batch)
     if trainer.iteration == 0:
@@ -129,6 +130,9 @@ for prompt_batch in tqdm(prompt_train_dataloader, disable=None):
     if trainer.iteration == 1:
         invariants.report(invariants.check_after_first_step(trainer))
     log(trainer.iteration, trainer.metrics)
+    write_samples(
+        samples, trainer.iteration, trainer.last_rollout, out, tokenizer
+    )
 log.close()
 
 # %%

@@ -585,7 +585,13 @@ def cluster() -> RunConfig:
         actor_engine=EngineConfig(zero_stage=3, dtype="bf16", gradient_checkpointing=True),
         critic_engine=EngineConfig(zero_stage=2, dtype="bf16"),
         reward=dataclasses.replace(base.reward, init_from="base"),
-        ppo=dataclasses.replace(base.ppo, batch_size=1024, minibatch_size=512),
+        ppo=dataclasses.replace(
+            base.ppo,
+            batch_size=1024,
+            minibatch_size=512,
+            # grad_norm_ratio needs whole gradients, which ZeRO-3 never has.
+            mixture=MixtureConfig(kind="off"),
+        ),
     )
 
 

@@ -5,8 +5,10 @@ Shapes: B batch, R response tokens, T = P + R.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from rlhf_kit.blending import epoch_order
 from rlhf_kit.config import PPOConfig, require
 from rlhf_kit.distributed import derive_seed
 from rlhf_kit.rlhf_engine import RLHFEngine, trim
-from rlhf_kit.tokenization import collate_prompts
+from rlhf_kit.tokenization import collate_prompts, decode_response
 from rlhf_kit.types import Experience, PreferencePair, PromptBatch, Rollout
 
 if TYPE_CHECKING:
@@ -187,3 +189,33 @@ def _rollout_metrics(
         "engine/logprob_gap_mean": gap_total / max(tokens_total, 1.0),
         "engine/logprob_gap_max": float(distributed.all_max(largest)),
     }
+
+
+def write_samples(
+    path: Path,
+    iteration: int,
+    rollout: Rollout,
+    experience: Experience,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int = 4,
+) -> None:
+    """Append the first `count` dialogues of rank 0, with score and KL, as JSON lines to be read.
+
+    Iteration 1 starts the file anew. A mean hides what a policy has learnt to say for its score.
+    """
+    if not distributed.is_main_rank():
+        return
+    kl = f.kl_k1(experience.old_logprobs, experience.ref_logprobs) * experience.response_mask
+    with path.open("w" if iteration == 1 else "a", encoding="utf-8") as file:
+        for row in range(min(count, len(experience))):
+            ids = rollout.response_ids[row, rollout.response_mask[row]]
+            line: dict[str, Any] = {
+                "iteration": iteration,
+                "prompt": rollout.prompts.dialogues[row],
+                "response": decode_response(tokenizer, ids.tolist()),
+                "score": float(experience.score[row]),
+                "kl": float(kl[row].sum()),
+                "ended": bool(rollout.ended[row]),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
