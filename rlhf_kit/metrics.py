@@ -21,6 +21,8 @@ from rlhf_kit import distributed
 from rlhf_kit.config import require
 
 FILE_NAME = "metrics.jsonl"
+CONSOLE_SECONDS = 5.0
+"""Lines of a summary without a bar come no closer than this."""
 RESERVED = ("step", "time", "nonfinite")
 
 
@@ -53,6 +55,7 @@ class MetricsLog:
         self._file: Any = None
         self._writer: Any = None
         self._reported: set[str] = set()
+        self._next_line = 0.0
 
     def __call__(self, step: int, values: Mapping[str, Any], *, bar: Any = None) -> None:
         """Log numbers (or one-element tensors) of one step.
@@ -105,18 +108,14 @@ class MetricsLog:
         text = summary(numbers, self.console)
         if text and bar is not None:
             bar.set_postfix_str(text)
-        elif text:
+        elif text and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + CONSOLE_SECONDS
             tqdm.write(f"step {step}  {text}")
 
 
 def summary(values: Mapping[str, float], keys: Sequence[str]) -> str:
-    """The chosen keys that have values as one line, by their last part where that is unique."""
-    leaves = [key.rsplit("/", 1)[-1] for key in keys]
-    return "  ".join(
-        f"{leaf if leaves.count(leaf) == 1 else key} {values[key]:.4g}"
-        for key, leaf in zip(keys, leaves, strict=True)
-        if key in values
-    )
+    """The chosen keys that have values, as one line."""
+    return "  ".join(f"{key} {values[key]:.4g}" for key in keys if key in values)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -130,12 +130,19 @@ def test_a_reserved_name_is_refused(tmp_path):
         MetricsLog(tmp_path, tensorboard=False)(0, {"step": 1})
 
 
-def test_the_console_line_shortens_names_only_where_they_stay_distinct(tmp_path, capsys):
+def test_the_console_line_shows_the_chosen_keys_that_were_logged():
     values = {"objective/kl": 1.23456, "policy/loss": 0.5, "value/loss": 2}
-    keys = ("objective/kl", "policy/loss", "value/loss", "objective/score")
-    assert summary(values, keys) == "kl 1.235  policy/loss 0.5  value/loss 2"
-    MetricsLog(tmp_path, tensorboard=False, console=("objective/kl",))(7, values)
-    assert capsys.readouterr().out == "step 7  kl 1.235\n"
+    keys = ("objective/kl", "value/loss", "objective/score")
+    assert summary(values, keys) == "objective/kl 1.235  value/loss 2"
+
+
+def test_a_fast_loop_does_not_flood_the_console(tmp_path, capsys, monkeypatch):
+    clock = iter([10.0, 10.0, 11.0, 16.0, 16.0])
+    monkeypatch.setattr("rlhf_kit.metrics.time.monotonic", lambda: next(clock))
+    log = MetricsLog(tmp_path, tensorboard=False, console=("a",))
+    for step in range(3):
+        log(step, {"a": step})
+    assert capsys.readouterr().out == "step 0  a 0\nstep 2  a 2\n"
 
 
 def test_the_summary_goes_to_a_bar_when_there_is_one(tmp_path, capsys):
