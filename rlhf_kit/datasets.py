@@ -312,6 +312,8 @@ def _toy_world(stage: Stage, seed: int, rows: int | None, split: str) -> Rows:
         "reward": toy_world.preferences,
         "ppo": toy_world.prompts,
     }[stage]
+    # Label noise belongs to training: an accuracy on flipped labels could not reach 1.
+    noise = {"flip": 0.0} if stage == "reward" and split != "train" else {}
     pairs = tuple(
         PreferencePair(
             tuple(row["prompt"]),
@@ -320,7 +322,7 @@ def _toy_world(stage: Stage, seed: int, rows: int | None, split: str) -> Rows:
             kind=row.get("kind", ""),
             source=TOY_WORLD,
         )
-        for row in draw(rows, seed=seed, split=split)
+        for row in draw(rows, seed=seed, split=split, **noise)
     )
     return Rows(pairs, Report(TOY_WORLD, read=len(pairs)))
 
