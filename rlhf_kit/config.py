@@ -265,7 +265,7 @@ class KLConfig:
 class MixtureConfig:
     """The pretraining objective mixed into PPO (InstructGPT's PPO-ptx)."""
 
-    kind: Literal["off", "coef", "grad_norm_ratio"] = "grad_norm_ratio"
+    kind: Literal["none", "coef", "grad_norm_ratio"] = "grad_norm_ratio"
     """`coef` weighs the loss by a constant; the ratio makes it a share of PPO's gradient."""
     ptx_coef: float = 27.8
     """With kind `coef`: the constant (InstructGPT, appendix C.4)."""
@@ -276,8 +276,8 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.kind in ("off", "coef", "grad_norm_ratio"),
-            "mixture kind must be off, coef or grad_norm_ratio",
+            self.kind in ("none", "coef", "grad_norm_ratio"),
+            "mixture kind must be none, coef or grad_norm_ratio",
         )
         require(self.ptx_coef >= 0 and self.ratio >= 0, "mixture weights must be 0 or more")
         require(self.batch_ratio > 0, "mixture batch_ratio must be positive")
@@ -590,7 +590,7 @@ def cluster() -> RunConfig:
             batch_size=1024,
             minibatch_size=512,
             # grad_norm_ratio needs whole gradients, which ZeRO-3 never has.
-            mixture=MixtureConfig(kind="off"),
+            mixture=MixtureConfig(kind="none"),
         ),
     )
 

@@ -49,9 +49,9 @@ class PPOTrainer:
         self.phases = Phases()
         self.last_rollout: Rollout | None = None
         self.mixture: MixtureLoss | None = None
-        if mixture_rows and self.config.mixture.kind != "off":
+        if mixture_rows and self.config.mixture.kind != "none":
             self.mixture = MixtureLoss(mixture_rows, engine, args)
-        elif self.config.mixture.kind != "off":
+        elif self.config.mixture.kind != "none":
             distributed.print_main("no texts for the mixture loss were given: it is off")
         self.metrics: dict[str, float] = {}
         self._rollout_metrics: dict[str, float] = {}

@@ -77,7 +77,7 @@ def tiny_model(kind: str, tokenizer: Any, **fields: Any) -> Any:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
-        model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 10
     return model
 
 
@@ -132,7 +132,7 @@ def tiny_args(model_dir: Callable[..., str], reward_dir: str) -> Callable[..., R
             "ppo__minibatch_size": 4,
             "ppo__micro_batch_size": 2,
             "ppo__iterations": 4,
-            "ppo__mixture__kind": "off",
+            "ppo__mixture__kind": "none",
         }
         return preset("toy", **{**values, **changes})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -201,6 +202,19 @@ def test_only_what_is_there_makes_a_page(run_dir, evaluation, capsys):
     made = report.build(run_dir, evaluation={**bare, "samples": []})
     report.print_terminal(made)
     assert "has not run" in capsys.readouterr().out
+
+
+def test_a_run_with_an_sft_model_alone_has_a_page(run_dir):
+    models = {"base": actor(0.2, 0, None), "sft": actor(0.5, 1, 0.0)}
+    models = {name: dataclasses.replace(model, proxy=None) for name, model in models.items()}
+    evaluation = summarise(models, models, EvalConfig(bootstrap=20, samples=1))
+    notes = ["The final model is missing."]
+    made = report.build(run_dir, evaluation={**evaluation, "weight_distance": {}, "notes": notes})
+    assert "has not run" in made["verdict"]
+    report.print_terminal(made)
+    page = (run_dir / "report.html").read_text()
+    assert "The final model is missing." in page and "Sample dialogues" in page
+    assert "Proxy scores" not in page and "held-out pairs" not in page
 
 
 class Page(HTMLParser):
