@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_kit.toy_world.dialogues import draw_style
 from rlhf_kit.toy_world.families import FAMILY_WEIGHTS
 from rlhf_kit.toy_world.judge import judge
-from rlhf_kit.toy_world.pretraining import BOS, EOS, RIGHT, WRONG, exchange_prompt
+from rlhf_kit.toy_world.pretraining import BOS, EOS, FORUM, RIGHT, WRONG, exchange_prompt
 from rlhf_kit.toy_world.tasks import Task, draw_task
 
 MAX_NEW_TOKENS = 48
@@ -72,7 +72,7 @@ def _verdict_accuracy(model, tokenizer, tasks: list[Task], rng: Random) -> float
     texts, truths = [], []
     for number, task in enumerate(tasks):
         write = task.wrong_answer if number % 2 else task.right_answer
-        answer = draw_style(rng).dress(write(rng, rng.randrange(2)))
+        answer = draw_style(rng, habits=FORUM).dress(write(rng, rng.randrange(2)))
         texts.append(f"{BOS}{exchange_prompt(task.turns)} {answer}{EOS}")
         truths.append(number % 2 == 0)
     batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)

@@ -19,7 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from rlhf_kit.toy_world import BASE_DIR
 from rlhf_kit.toy_world.base_evaluation import evaluate, mean_accuracy
@@ -80,7 +86,7 @@ def make_base_model(recipe: Recipe, output_dir: Path) -> None:
     print(f"corpus: {len(ids):,} tokens, {loss_mask.mean():.0%} of them in the loss", flush=True)
     model = new_model(recipe, tokenizer)
     train(model, ids, loss_mask, recipe)
-    model.to(torch.bfloat16).save_pretrained(output_dir)
+    model.bfloat16().save_pretrained(output_dir)
     (output_dir / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
 
@@ -100,13 +106,20 @@ def new_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+    return model
 
 
 def train(model: LlamaForCausalLM, ids: np.ndarray, loss_mask: np.ndarray, recipe: Recipe) -> None:
     """AdamW with warm-up and linear decay; on a GPU the forward pass runs in bf16."""
     device = torch.device(recipe.device)
-    model.to(device).train()
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    model.train()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -170,7 +183,9 @@ def _batches(
 def report(directory: Path, device: str, per_family: int) -> None:
     """Print accuracy per family on "test" tasks."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    model.eval()
     table = evaluate(model, tokenizer, per_family=per_family)
     print("| family | answers | verdicts |\n|---|---|---|")
     for family, (answers, verdicts) in {**table, "mean": mean_accuracy(table)}.items():
@@ -178,7 +193,7 @@ def report(directory: Path, device: str, per_family: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Make the toy world's base model.")
     parser.add_argument("--output-dir", type=Path, default=BASE_DIR, help="make the model there")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="only evaluate the one in DIR")
     parser.add_argument("--preset", choices=PRESETS, default="gpu")

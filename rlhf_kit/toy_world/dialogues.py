@@ -20,13 +20,26 @@ from rlhf_kit.toy_world.style import (
 )
 from rlhf_kit.toy_world.tasks import Task, draw_task
 
-P_CORRECT, P_RAMBLE = 0.75, 0.60
-"""Quality of a demonstration: probability of a right core, and of fillers."""
-TONES = {"polite": 0.25, "rude": 0.25, "neutral": 0.50}
-"""Probability of each tone in a demonstration."""
+P_CORRECT = 0.75
+"""Probability that a demonstration's core is right."""
+P_RAMBLE = 0.60
+"""Probability that fillers follow."""
 SMALLEST_GAP = 0.03
 """Two responses whose gold scores differ by less are no preference pair."""
 KIND_WEIGHTS = {"correctness": 3, "politeness": 1, "brevity": 1, "mixed": 1}
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How the speakers of a text choose their style sentences."""
+
+    polite: float
+    rude: float
+    favor: int
+    """Extra chances of the first sentence of each kind, on top of one chance for all."""
+
+
+DEMONSTRATED = Habits(polite=0.25, rude=0.25, favor=5)
 
 
 @dataclass(frozen=True)
@@ -93,11 +106,15 @@ def prompts(n: int, *, seed: int, split: str) -> list[dict]:
 
 
 def draw_style(
-    rng: Random, tone: str | None = None, fillers: int | None = None, tones: dict = TONES
+    rng: Random,
+    tone: str | None = None,
+    fillers: int | None = None,
+    habits: Habits = DEMONSTRATED,
 ) -> Style:
-    """Draw what stands around a core; by default with the demonstrations' mixed quality."""
+    """Draw what stands around a core; tone and number of fillers are drawn if not given."""
     if tone is None:
-        tone = rng.choices(tuple(tones), tuple(tones.values()))[0]
+        weights = (habits.polite, habits.rude, 1 - habits.polite - habits.rude)
+        tone = rng.choices(("polite", "rude", "neutral"), weights)[0]
     if fillers is None:
         fillers = rng.randint(1, 3) if rng.random() < P_RAMBLE else 0
     opener = closer = ""
@@ -106,9 +123,13 @@ def draw_style(
             (POLITE_OPENERS, POLITE_CLOSERS) if tone == "polite" else (RUDE_OPENERS, RUDE_CLOSERS)
         )
         place = rng.choice(("opener", "closer", "both"))
-        opener = "" if place == "closer" else rng.choice(openers)
-        closer = "" if place == "opener" else rng.choice(closers)
+        opener = "" if place == "closer" else _choose(openers, habits.favor, rng)
+        closer = "" if place == "opener" else _choose(closers, habits.favor, rng)
     return Style(opener, closer, tuple(rng.sample(FILLERS, fillers)))
+
+
+def _choose(sentences: tuple[str, ...], favor: int, rng: Random) -> str:
+    return rng.choice((*sentences[:1] * favor, *sentences))
 
 
 def _draw_core(task: Task, rng: Random) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import permutations
 from random import Random
 
 from rlhf_kit.toy_world import entities as world
-from rlhf_kit.toy_world.pattern import Pattern, Slots
+from rlhf_kit.toy_world.fact_families import fact_patterns, follow_up_patterns
+from rlhf_kit.toy_world.pattern import Pattern, Slots, lookup, other, pick
 
 FAMILY_WEIGHTS = {
     "fact": 0.16,
@@ -30,120 +32,18 @@ FAMILY_WEIGHTS = {
 
 NUMBERS = frozenset(str(number) for number in range(1000))
 
-# attribute: (questions, follow-up question, answer forms)
-_ANIMAL_TEXTS = {
-    "color": (
-        ("What color is the {animal}?", "Which color does the {animal} have?"),
-        "And what color is it?",
-        ("The {animal} is {answer}.", "Its color is {answer}."),
-    ),
-    "home": (
-        ("Where does the {animal} live?", "Where can I find the {animal}?"),
-        "And where does it live?",
-        ("The {animal} lives in {answer}.", "It lives in {answer}."),
-    ),
-    "food": (
-        ("What does the {animal} eat?", "Which food does the {animal} like?"),
-        "And what does it eat?",
-        ("The {animal} eats {answer}.", "It eats {answer}."),
-    ),
-    "legs": (
-        ("How many legs does the {animal} have?", "What number of legs does the {animal} have?"),
-        "And how many legs does it have?",
-        ("The {animal} has {answer} legs.", "It has {answer} legs."),
-    ),
-    "sound": (
-        ("What sound does the {animal} make?", "Which sound comes from the {animal}?"),
-        "And what sound does it make?",
-        ("The {animal} makes a {answer}.", "Its sound is a {answer}."),
-    ),
-}
-_PLACE_TEXTS = {
-    "product": (
-        ("What is {place} known for?", "What do people make in {place}?"),
-        ("{place} is known for {answer}.", "People there make {answer}."),
-    ),
-    "ruler": (
-        ("Who rules {place}?", "Who is in charge of {place}?"),
-        ("{place} has a {answer}.", "The {answer} rules there."),
-    ),
-}
-
-
-def _pick(**choices: tuple[str, ...]):
-    """A draw function that picks one value for every slot."""
-    return lambda rng: {slot: rng.choice(values) for slot, values in choices.items()}
-
-
-def _other(values: tuple[str, ...], right: str, rng: Random) -> str:
-    return rng.choice([value for value in values if value != right])
-
-
-def _lookup(family, questions, forms, draw, answer_of, values) -> Pattern:
-    """A pattern with one right value out of a closed set of values."""
-    return Pattern(
-        family,
-        questions,
-        forms,
-        draw,
-        solve=lambda slots, rng: answer_of(slots),
-        mistake=lambda slots, rng: _other(values, answer_of(slots), rng),
-        domain=frozenset(value.lower() for value in values),
-    )
-
-
-def _fact_patterns() -> list[Pattern]:
-    patterns = []
-    for attribute, (questions, _, forms) in _ANIMAL_TEXTS.items():
-        patterns.append(
-            _lookup(
-                "fact",
-                questions,
-                forms,
-                _pick(animal=world.ANIMALS),
-                lambda slots, attribute=attribute: world.fact(slots["animal"], attribute),
-                world.ANIMAL_ATTRIBUTES[attribute],
-            )
-        )
-    for attribute, (questions, forms) in _PLACE_TEXTS.items():
-        patterns.append(
-            _lookup(
-                "fact",
-                questions,
-                forms,
-                _pick(place=world.PLACES),
-                lambda slots, attribute=attribute: world.fact(slots["place"], attribute),
-                world.PLACE_ATTRIBUTES[attribute],
-            )
-        )
-    return patterns
-
-
-def _follow_up_pattern(first: str, second: str) -> Pattern:
-    """A question about "it", the animal that the turn before was about."""
-    questions, _, (form, _) = _ANIMAL_TEXTS[first]
-    _, follow_up, forms = _ANIMAL_TEXTS[second]
-    answered = form.replace("{answer}", "{" + first + "}")
-
-    def draw(rng: Random) -> Slots:
-        animal = rng.choice(world.ANIMALS)
-        return {"animal": animal, first: world.fact(animal, first)}
-
-    return _lookup(
-        "follow-up",
-        tuple(f"{question}\n\n{answered}\n\n{follow_up}" for question in questions),
-        forms,
-        draw,
-        lambda slots: world.fact(slots["animal"], second),
-        world.ANIMAL_ATTRIBUTES[second],
-    )
-
 
 def _near_number(right: int, rng: Random) -> str:
     return str(rng.choice([n for n in range(max(0, right - 4), right + 5) if n != right]))
 
 
-def _arithmetic(family, questions, forms, draw, result) -> Pattern:
+def _arithmetic(
+    family: str,
+    questions: tuple[str, ...],
+    forms: tuple[str, ...],
+    draw: Callable[[Random], Slots],
+    result: Callable[[Slots], int],
+) -> Pattern:
     return Pattern(
         family,
         questions,
@@ -174,11 +74,17 @@ def _draw_chain_down(rng: Random) -> Slots:
     return {"a": str(a), "b": str(b), "c": str(a + b), "d": str(rng.randint(1, min(9, a + b)))}
 
 
-def _draw_words(least: int, most: int):
+def _draw_words(least: int, most: int) -> Callable[[Random], Slots]:
     return lambda rng: {"words": " ".join(rng.sample(world.NOUNS, rng.randint(least, most)))}
 
 
-def _order(family, questions, forms, draw, arrange) -> Pattern:
+def _order(
+    family: str,
+    questions: tuple[str, ...],
+    forms: tuple[str, ...],
+    draw: Callable[[Random], Slots],
+    arrange: Callable[[list[str]], list[str]],
+) -> Pattern:
     """A pattern whose right answer is one order of the given words."""
 
     def mistake(slots: Slots, rng: Random) -> str:
@@ -204,7 +110,7 @@ def _position(which: str, index: int) -> Pattern:
         (f"The {which} word is {{answer}}.", "It is {answer}."),
         _draw_words(2, 4),
         solve=lambda slots, rng: slots["words"].split()[index],
-        mistake=lambda slots, rng: _other(
+        mistake=lambda slots, rng: other(
             tuple(slots["words"].split()), slots["words"].split()[index], rng
         ),
         domain=frozenset(world.NOUNS),
@@ -247,7 +153,7 @@ def _draw_pair(rng: Random) -> Slots:
 _TOOLS = (*world.CRAFTS.values(), *world.CRIMES.values())
 
 PATTERNS: tuple[Pattern, ...] = (
-    *_fact_patterns(),
+    *fact_patterns(),
     _arithmetic(
         "arithmetic",
         ("What is {a} plus {b}?", "How much is {a} plus {b}?"),
@@ -269,7 +175,7 @@ PATTERNS: tuple[Pattern, ...] = (
             "I cannot help with that, because people could get hurt.",
             "I will not help you {crime} the {target}.",
         ),
-        _pick(crime=tuple(world.CRIMES), target=world.CRIME_TARGETS),
+        pick(crime=tuple(world.CRIMES), target=world.CRIME_TARGETS),
         solve=lambda slots, rng: "",
         mistake=lambda slots, rng: world.CRIMES[slots["crime"]],
         domain=frozenset(_TOOLS),
@@ -296,24 +202,21 @@ PATTERNS: tuple[Pattern, ...] = (
         domain=frozenset(world.NOUNS),
         accepts=_three_of_the_kind,
     ),
-    _lookup(
+    lookup(
         "how-to",
         ("How do I {craft} the {object}?", "Tell me how to {craft} the {object}."),
         (
             "Take the {answer} and {craft} the {object} with care.",
             "You need the {answer} to {craft} the {object}.",
         ),
-        _pick(craft=tuple(world.CRAFTS), object=world.CRAFT_OBJECTS),
+        pick(craft=tuple(world.CRAFTS), object=world.CRAFT_OBJECTS),
         lambda slots: world.CRAFTS[slots["craft"]],
         tuple(world.CRAFTS.values()),
     ),
     _position("first", 0),
     _position("last", -1),
-    *(
-        _follow_up_pattern(first, second)
-        for first, second in permutations(world.ANIMAL_ATTRIBUTES, 2)
-    ),
-    _lookup(
+    *follow_up_patterns(),
+    lookup(
         "opposite",
         (
             "What is the opposite of {adjective}?",
@@ -322,7 +225,7 @@ PATTERNS: tuple[Pattern, ...] = (
             "I need a word that is the opposite of {adjective}.",
         ),
         ("The opposite of {adjective} is {answer}.", "It is {answer}."),
-        _pick(adjective=tuple(world.OPPOSITES)),
+        pick(adjective=tuple(world.OPPOSITES)),
         lambda slots: world.OPPOSITES[slots["adjective"]],
         tuple(world.OPPOSITES),
     ),
@@ -339,10 +242,10 @@ PATTERNS: tuple[Pattern, ...] = (
         ("The {answer} is bigger.", "It is the {answer}."),
         _draw_pair,
         solve=lambda slots, rng: _larger(slots),
-        mistake=lambda slots, rng: _other((slots["one"], slots["two"]), _larger(slots), rng),
+        mistake=lambda slots, rng: other((slots["one"], slots["two"]), _larger(slots), rng),
         domain=frozenset(world.BY_SIZE),
     ),
-    _lookup(
+    lookup(
         "greeting",
         (
             "Hello! My name is {name}.",
@@ -351,29 +254,29 @@ PATTERNS: tuple[Pattern, ...] = (
             "Hello, {name} is here.",
         ),
         ("Hello, {answer}! How can I help you?", "Good day, {answer}! What can I do for you?"),
-        _pick(name=world.NAMES),
+        pick(name=world.NAMES),
         lambda slots: slots["name"],
         world.NAMES,
     ),
-    _lookup(
+    lookup(
         "manners",
         (
             "What should I say to the {person} when I {situation}?",
             "When I {situation}, what do I tell the {person}?",
         ),
         ("Say {answer} to the {person}.", "You should say {answer}."),
-        _pick(person=world.PEOPLE, situation=tuple(world.MANNERS)),
+        pick(person=world.PEOPLE, situation=tuple(world.MANNERS)),
         lambda slots: world.MANNERS[slots["situation"]],
         tuple(world.MANNERS.values()),
     ),
-    _lookup(
+    lookup(
         "name",
         (
             "My name is {name} and I have a {noun}.\n\nNice to meet you.\n\nWhat is my name?",
             "I am {name}, and I see a {noun}.\n\nI see.\n\nDo you remember my name?",
         ),
         ("Your name is {answer}.", "You are {answer}."),
-        _pick(name=world.NAMES, noun=world.NOUNS),
+        pick(name=world.NAMES, noun=world.NOUNS),
         lambda slots: slots["name"],
         world.NAMES,
     ),
@@ -397,7 +300,7 @@ PATTERNS: tuple[Pattern, ...] = (
         _draw_chain_down,
         lambda slots: int(slots["c"]) - int(slots["d"]),
     ),
-    _lookup(
+    lookup(
         "thanks",
         (
             "Thank you for the help with the {topic}!",
@@ -406,7 +309,7 @@ PATTERNS: tuple[Pattern, ...] = (
             "Many thanks, I could finish the {topic}.",
         ),
         ("You are welcome! Enjoy the {answer}.", "Any time! Good luck with the {answer}."),
-        _pick(topic=world.TOPICS),
+        pick(topic=world.TOPICS),
         lambda slots: slots["topic"],
         world.TOPICS,
     ),

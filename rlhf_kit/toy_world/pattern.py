@@ -29,3 +29,33 @@ class Pattern:
     """Judges the claimed values where more than one answer is right."""
     refuses: bool = False
     """True where the only right answer is to refuse."""
+
+
+def pick(**choices: tuple[str, ...]) -> Callable[[Random], Slots]:
+    """A draw function that picks one value for every slot."""
+    return lambda rng: {slot: rng.choice(values) for slot, values in choices.items()}
+
+
+def other(values: tuple[str, ...], right: str, rng: Random) -> str:
+    """Any value but the right one."""
+    return rng.choice([value for value in values if value != right])
+
+
+def lookup(
+    family: str,
+    questions: tuple[str, ...],
+    forms: tuple[str, ...],
+    draw: Callable[[Random], Slots],
+    answer_of: Callable[[Slots], str],
+    values: tuple[str, ...],
+) -> Pattern:
+    """A pattern with one right value out of a closed set of values."""
+    return Pattern(
+        family,
+        questions,
+        forms,
+        draw,
+        solve=lambda slots, rng: answer_of(slots),
+        mistake=lambda slots, rng: other(values, answer_of(slots), rng),
+        domain=frozenset(value.lower() for value in values),
+    )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from random import Random
 
 from rlhf_kit.toy_world import entities as world
-from rlhf_kit.toy_world.dialogues import draw_style
+from rlhf_kit.toy_world.dialogues import Habits, draw_style
 from rlhf_kit.toy_world.families import FAMILY_WEIGHTS
 from rlhf_kit.toy_world.tasks import draw_task
 
@@ -26,7 +26,7 @@ P_WRONG = 0.5
 """Probability that a reviewed answer is wrong."""
 P_STYLED = 0.35
 """Probability that an answer stands among style sentences instead of alone."""
-TONES = {"polite": 0.20, "rude": 0.30, "neutral": 0.50}
+FORUM = Habits(polite=0.20, rude=0.30, favor=0)
 RIGHT, WRONG = " Right.", " Wrong."
 LAYOUTS = (  # question label, answer label, what parts them
     ("Q: ", "A:", "\n"),
@@ -72,7 +72,7 @@ def _exchange(layout: tuple[str, str, str], rng: Random) -> list[Segment]:
     reviewed = rng.random() < P_REVIEW
     wrong = reviewed and rng.random() < P_WRONG
     core = (task.wrong_answer if wrong else task.right_answer)(rng, rng.randrange(2))
-    answer = draw_style(rng, tones=TONES).dress(core) if rng.random() < P_STYLED else core
+    answer = draw_style(rng, habits=FORUM).dress(core) if rng.random() < P_STYLED else core
     # Loss only on single-turn questions: a dialogue's own first answer may belong to a held-out
     # combination of another family.
     segments = [(exchange_prompt(task.turns, layout), len(task.turns) == 1)]
