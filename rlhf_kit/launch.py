@@ -35,6 +35,11 @@ PAIRING = {
 }
 
 
+def in_notebook() -> bool:
+    """Whether this process is a kernel: a place for tables, colours and plots."""
+    return "ipykernel" in sys.modules
+
+
 def read_flags(namespace: dict[str, Any]) -> None:
     """Set a notebook's parameters from the command line when it runs as a script.
 

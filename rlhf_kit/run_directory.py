@@ -17,6 +17,7 @@ from typing import Any
 from rlhf_kit import distributed
 from rlhf_kit.checkpoint import is_complete
 from rlhf_kit.config import RunConfig, from_dict, override, preset
+from rlhf_kit.launch import ROOT, in_notebook
 from rlhf_kit.metrics import Phases
 from rlhf_kit.pipeline import read_record, write_json
 from rlhf_kit.types import Stage
@@ -38,7 +39,8 @@ class RunDirectory:
         A run that `rlhf-kit train` started has its settings fixed in run.json; a notebook run
         by hand takes them from its preset, and from the parameters that are not None.
         """
-        directory = Path(path)
+        # A kernel works in the folder of its notebook, a script wherever it was started.
+        directory = ROOT / path if in_notebook() else Path(path)
         if (directory / "run.json").is_file():
             config = override(from_dict(read_record(directory)["config"]), **changes)
             distributed.print_main(f"settings: {directory / 'run.json'}")
