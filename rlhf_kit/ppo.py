@@ -26,6 +26,11 @@ from rlhf_kit.tokenization import Encoded
 from rlhf_kit.types import Experience, PromptBatch, Rollout
 
 
+def _count(mask: Tensor) -> int:
+    """Tokens under the masks of all ranks."""
+    return int(distributed.all_sum(mask.sum()))
+
+
 class PPOTrainer:
     """The PPO loop's two calls, and the state between them: KL coefficient and counters.
 
@@ -61,7 +66,7 @@ class PPOTrainer:
         with self.phases("generate") as phase:
             self.engine.actor.eval()
             rollout = self.engine.actor.generate(prompts.to(self.engine.device), self.generation)
-            phase.tokens += int(rollout.response_mask.sum())
+            phase.tokens += _count(rollout.response_mask)
         self.last_rollout = rollout
         with self.phases("score") as phase:
             experience, self._rollout_metrics = make_experience(
@@ -71,7 +76,7 @@ class PPOTrainer:
                 kl_coef=self.kl_coef,
                 temperature=self.generation.temperature,
             )
-            phase.tokens += int(experience.attention_mask.sum())
+            phase.tokens += _count(experience.attention_mask)
         return experience
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
@@ -83,7 +88,7 @@ class PPOTrainer:
         """All epochs and minibatches over one experience; returns the iteration's metrics."""
         with self.phases("train") as phase:
             metrics = self._train(experience)
-            phase.tokens += int(experience.attention_mask.sum() * metrics["ppo/epochs_done"])
+            phase.tokens += int(_count(experience.attention_mask) * metrics["ppo/epochs_done"])
         metrics = {**self._rollout_metrics, **metrics, "objective/kl_coef": self.kl_coef}
         if self.config.kl.kind == "adaptive" and "objective/kl" in metrics:
             self.kl_coef = f.next_kl_coef(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,13 @@ def start_deepspeed() -> None:
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False
         )
+        # Left to the interpreter, gloo's threads now and then abort a finished program.
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if distributed.is_distributed():
+        torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
