@@ -60,8 +60,8 @@ class MetricsLog:
     def __call__(self, step: int, values: Mapping[str, Any], *, bar: Any = None) -> None:
         """Log numbers (or one-element tensors) of one step.
 
-        bar: a tqdm bar that shows the summary as its postfix; without one it is a line of its
-        own, which bars elsewhere survive.
+        bar: a tqdm bar that shows the summary as its postfix; without one, or where it is
+        disabled as in a log file, the summary is a line of its own, which bars elsewhere survive.
         """
         if not distributed.is_main_rank():
             return
@@ -106,7 +106,7 @@ class MetricsLog:
                 self._reported.add(key)
                 tqdm.write(f"step {step}: {key} is {value}")
         text = summary(numbers, self.console)
-        if text and bar is not None:
+        if text and bar is not None and not bar.disable:
             bar.set_postfix_str(text)
         elif text and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + CONSOLE_SECONDS

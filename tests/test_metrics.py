@@ -145,17 +145,28 @@ def test_a_fast_loop_does_not_flood_the_console(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "step 0  a 0\nstep 2  a 2\n"
 
 
+class Bar:
+    text = ""
+
+    def __init__(self, *, disable):
+        self.disable = disable
+
+    def set_postfix_str(self, text):
+        self.text = text
+
+
 def test_the_summary_goes_to_a_bar_when_there_is_one(tmp_path, capsys):
-    class Bar:
-        text = ""
-
-        def set_postfix_str(self, text):
-            self.text = text
-
-    bar = Bar()
+    bar = Bar(disable=False)
     MetricsLog(tmp_path, tensorboard=False, console=("a",))(0, {"a": 1.0}, bar=bar)
     assert bar.text == "a 1"
     assert capsys.readouterr().out == ""
+
+
+def test_a_disabled_bar_leaves_the_summary_to_a_line(tmp_path, capsys):
+    bar = Bar(disable=True)
+    MetricsLog(tmp_path, tensorboard=False, console=("a",))(0, {"a": 1.0}, bar=bar)
+    assert bar.text == ""
+    assert capsys.readouterr().out == "step 0  a 1\n"
 
 
 def test_phases_add_up(monkeypatch):
