@@ -72,7 +72,8 @@ def _end_in_one_sentence(kind: type[BaseException], error: BaseException, trace:
         return sys.__excepthook__(kind, error, trace)
     with open(os.environ[LOG_VARIABLE], "a", encoding="utf-8") as log:
         traceback.print_exception(kind, error, trace, file=log)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    # Not sys.stderr: torch.distributed wraps this hook and swallows what is written there.
+    print(f"error: {error}", file=sys.__stderr__, flush=True)
     sys.exit(2)
 
 

@@ -9,9 +9,11 @@ There is no second copy of a step here: `train` runs the files in `notebooks/` a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +100,8 @@ def train(directory: Path, record: dict[str, Any]) -> int:
             continue
         start = time.monotonic()
         if code := run_stage(name, directory):
+            if code == 2 and not record["stages"]:
+                forget(directory)
             return code
         require(
             export.is_file(),
@@ -118,13 +122,22 @@ def run_stage(name: str, directory: Path) -> int:
 
     log = directory / "logs" / f"{name}.log"
     code = run_notebook(NOTEBOOKS / f"{name}.py", {"run_dir": str(directory)}, log=log)
-    if code not in (0, 2):  # 2: the notebook itself has said in one sentence what is wrong
-        print(f"error: {name} {ending(code)}; its last lines:", file=sys.stderr)
-        for line in log.read_text(encoding="utf-8").splitlines()[-5:]:
-            print(f"  {line}", file=sys.stderr)
-    if code:
-        print(f"The whole log is {log}.", file=sys.stderr)
-    return code if code in (0, 2) else 1
+    if code in (0, 2):  # 2: the notebook itself has said in one sentence what is wrong
+        return code
+    print(f"error: {name} {ending(code)}; its last lines:", file=sys.stderr)
+    for line in log.read_text(encoding="utf-8").splitlines()[-5:]:
+        print(f"  {line}", file=sys.stderr)
+    print(f"The whole log is {log}.", file=sys.stderr)
+    return 1
+
+
+def forget(directory: Path) -> None:
+    """Take away what a run wrote whose first stage refused its input: the user starts afresh."""
+    for name in ("logs", "sft"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    (directory / "run.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a directory with anything else in it stays
+        directory.rmdir()
 
 
 def ending(code: int) -> str:
