@@ -15,14 +15,12 @@ import torch.nn.functional as F
 
 from rlhf_kit import distributed
 from rlhf_kit.functional import last_token_index, token_logprobs
+from rlhf_kit.hybrid_engine.self_test import TOLERANCE
 from rlhf_kit.models import response_logits
 from rlhf_kit.ppo import PPOTrainer
 from rlhf_kit.rlhf_engine import trim
 from rlhf_kit.tokenization import encode_prompt
 from rlhf_kit.types import Experience, Rollout
-
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.15}
-"""Largest difference of logprobs between two ways to compute them, by dtype."""
 
 
 class InvariantError(ValueError):
