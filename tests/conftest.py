@@ -54,8 +54,8 @@ def small_tokenizer(
     return tokenizer
 
 
-def tiny_model(kind: str, tokenizer: Any, **fields: Any) -> Any:
-    """A random causal LM that likes to say EOS, so that responses are ragged."""
+def tiny_model(kind: str, tokenizer: Any, *, eos_scale: float = 10.0, **fields: Any) -> Any:
+    """A random causal LM; a large `eos_scale` makes it end often, so that responses are ragged."""
     config = transformers.AutoConfig.for_model(
         kind,
         **{
@@ -77,7 +77,7 @@ def tiny_model(kind: str, tokenizer: Any, **fields: Any) -> Any:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
-        model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 10
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] *= eos_scale
     return model
 
 
@@ -132,7 +132,12 @@ def tiny_args(model_dir: Callable[..., str], reward_dir: str) -> Callable[..., R
             "ppo__minibatch_size": 4,
             "ppo__micro_batch_size": 2,
             "ppo__iterations": 4,
+            "ppo__epochs": 1,
+            "ppo__kl__coef": 0.2,
+            "ppo__actor_optimizer__learning_rate": 1e-3,
+            "ppo__critic_optimizer__learning_rate": 5e-4,
             "ppo__mixture__kind": "none",
+            "ppo__mixture__batch_ratio": 1.0,
         }
         return preset("toy", **{**values, **changes})
 
