@@ -111,7 +111,8 @@ def plot_curves(
                 marker = "o" if len(steps) < 12 else None
                 ax.plot(steps, values, line, label=key, marker=marker, markersize=4)
             ax.set(title=title, xlabel=xlabel)
-            ax.locator_params(axis="x", nbins=6, integer=True)
+            whole = all(float(x).is_integer() for _, steps, _ in lines for x in steps)
+            ax.locator_params(axis="x", nbins=6, integer=whole)
             ax.margins(x=0.02)
             if len(lines) > 1:
                 _legend(ax)

@@ -25,6 +25,9 @@ from rlhf_kit.rollout import make_experience
 from rlhf_kit.tokenization import Encoded
 from rlhf_kit.types import Experience, PromptBatch, Rollout
 
+EMA_DISTANCE_EVERY = 10
+"""Iterations between two measurements of the average's distance; the first is measured too."""
+
 
 def _count(mask: Tensor) -> int:
     """Tokens under the masks of all ranks."""
@@ -99,13 +102,19 @@ class PPOTrainer:
                 n=self.config.batch_size,
             )
         self.iteration += 1
+        measured = self.iteration == 1 or self.iteration % EMA_DISTANCE_EVERY == 0
+        if self.engine.ema is not None and measured:
+            metrics["ema/distance"] = self.engine.ema.distance()
         self.metrics = {**metrics, **self._speed()}
         return self.metrics
 
     def _speed(self) -> dict[str, float]:
         lap = self.phases.lap()
-        seconds = sum(lap.values())
-        return {**lap, "perf/pairs_per_second": self.config.batch_size / max(seconds, 1e-9)}
+        speed = {"perf/pairs_per_second": self.config.batch_size / max(sum(lap.values()), 1e-9)}
+        if seconds := lap.get("phase/generate/seconds"):
+            tokens = self._rollout_metrics["response/length"] * self.config.batch_size
+            speed["perf/generated_tokens_per_second"] = tokens / seconds
+        return {**lap, **speed}
 
     def _train(self, experience: Experience) -> dict[str, float]:
         self.engine.actor.train()
