@@ -152,7 +152,6 @@ def test_resume_refuses_other_settings(tmp_path: Path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("mode", "code", "message"),
     [
-        ("refuse", 2, "error: the data has no preferences\n"),
         ("forget", 2, "error: 02_sft ended without writing"),
         ("kill", 1, "error: 02_sft was ended by SIGKILL, as it happens when memory runs out"),
     ],
@@ -163,6 +162,13 @@ def test_a_stage_that_does_not_end_well_says_why(tmp_path, capfd, monkeypatch, m
     err = capfd.readouterr().err
     assert message in err and "Traceback" not in err
     assert record_of(tmp_path / "run")["finished"] is None
+
+
+def test_input_that_the_first_stage_refuses_leaves_nothing_behind(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("02_sft", "refuse")
+    assert start(tmp_path / "run") == 2
+    assert capfd.readouterr().err == "error: the data has no preferences\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
