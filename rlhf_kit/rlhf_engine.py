@@ -43,7 +43,7 @@ from rlhf_kit.tokenization import (
 from rlhf_kit.types import Rollout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def trim(
@@ -146,7 +146,7 @@ class RLHFEngine:
         )
 
     @contextlib.contextmanager
-    def _ref_model(self) -> Iterator[PreTrainedModel]:
+    def _ref_model(self) -> Iterator[torch.nn.Module]:
         """The frozen SFT model: a copy, or the actor with its adapters off."""
         if self._ref is not None:
             yield self._ref
