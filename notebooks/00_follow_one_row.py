@@ -102,8 +102,10 @@ run = RunDirectory.open(
 # Two small helpers: one prints the shape of tensors, one prints columns of
 # numbers below each other, a line a token.
 
-
 # %%
+print_main = distributed.print_main
+
+
 def show(**tensors: torch.Tensor) -> None:
     """Name, shape and dtype of each tensor."""
     for name, tensor in tensors.items():
@@ -117,6 +119,7 @@ def cell(value: object) -> str:
     return str(value)
 
 
+# %%
 def table(**columns: object) -> None:
     """Columns of equal length, a line an element, names on top."""
     texts = []
@@ -128,8 +131,6 @@ def table(**columns: object) -> None:
         parts = zip(line, widths, strict=True)
         print_main("  ".join(text.rjust(width) for text, width in parts))
 
-
-print_main = distributed.print_main
 
 # %% [markdown]
 # ## What RLHF computes, on one screen
@@ -222,6 +223,8 @@ if distributed.is_main_rank():
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text("".join(json.dumps(line) + "\n" for line in raw))
 distributed.barrier()
+
+# %%
 for line in raw:
     record = hh_rlhf(line)
     stage = split_of(record.prompt_id, SPLIT)
@@ -235,6 +238,8 @@ data = dataclasses.replace(
     eval_share=0.0,
     rows=(0, 0, B),
 )
+
+# %%
 rows = Blend(data, run.config.seed)["ppo"]
 mine = [r.prompt_id for r in rows].index(pair.prompt_id)
 for i, record in enumerate(rows):
@@ -254,12 +259,12 @@ assert len(rows) == B and rows[mine].prompt == pair.prompt
 args = run.args()
 tokenizer = load_tokenizer(resolve_model(args.actor_model))
 prepare_tokenizer(tokenizer)
-first = distributed.rank() * B
+place = distributed.rank() * B
 prompts = collate_prompts(
     tokenizer,
     rows,
     seeds=[
-        distributed.derive_seed("follow one row", args.seed, first + i)
+        distributed.derive_seed("follow one row", args.seed, place + i)
         for i in range(B)
     ],
 )
@@ -286,6 +291,8 @@ engine = RLHFEngine(
     args=args,
 )
 trainer = PPOTrainer(engine=engine, args=args)
+
+# %%
 engine.actor.eval()
 prompts = prompts.to(engine.device)
 rollout = engine.actor.generate(prompts, args.generation)
@@ -421,6 +428,7 @@ def gae_draft(rewards, values, *, gamma, lam):
     ]
 
 
+# %%
 small = (rewards[0].tolist(), values[0].tolist())
 table(
     token=["a", "b", "EOS"],
@@ -498,6 +506,10 @@ table(
 # and EOS are the same token, as in many published setups, comparing ids
 # would hide the EOS: the one action that ends a response, and the one that
 # carries the score.
+#
+# One more thing to see: the value beside the first PAD is the score itself
+# (where it was not clipped). The critic starts as a copy of the reward
+# model, and the state after the EOS is the one that the reward model judges.
 
 # %% [markdown]
 # ## Hop 7: two losses
@@ -511,11 +523,13 @@ table(
 count = float(distributed.all_sum(mask.sum()))
 
 
+# %%
 def mean(x: torch.Tensor) -> float:
     """Over the response tokens of all rows and ranks."""
     return float(distributed.all_sum(f.masked_sum(x.detach(), mask))) / count
 
 
+# %%
 logprobs = engine.actor_logprobs(*scored, R, temperature)
 logprobs.requires_grad_(True)
 policy, policy_metrics = f.policy_loss(
@@ -528,7 +542,8 @@ policy, policy_metrics = f.policy_loss(
 )
 (pull,) = torch.autograd.grad(policy, logprobs)
 show(policy_loss=policy, gradient=pull)
-print_main({k: round(float(v), 6) for k, v in policy_metrics.items()})
+for key, value in policy_metrics.items():
+    print_main(f"{key:20s} {float(distributed.all_sum(value)):.6f}")
 
 # %%
 drawn = slice(0, min(length, 6))
@@ -571,6 +586,7 @@ def clip_probe(ratio: float, advantage: float) -> tuple[float, float]:
     return loss.item(), slope.item()
 
 
+# %%
 ratios = [0.5, 0.7, 0.9, 1.0, 1.1, 1.3, 1.5]
 good = [clip_probe(ratio, 1.0) for ratio in ratios]
 bad = [clip_probe(ratio, -1.0) for ratio in ratios]
@@ -647,7 +663,7 @@ table(
 )
 moved = mean(change.exp() - 1 - change)  # never negative, token by token
 gained = mean(experience.advantages * change)
-print_main(f"moved by {moved:.5f} nats a token, all four rows together")
+print_main(f"moved by {moved:.5f} nats a token, all rows together")
 print_main(f"mean of advantage x change in logprob: {gained:+.5f}")
 
 # %% [markdown]
@@ -662,42 +678,48 @@ print_main(f"mean of advantage x change in logprob: {gained:+.5f}")
 # say the same again in the next rollout, $-\beta$ times this column would be
 # its reward, token by token, before the score is added.
 
+# %% [markdown]
+# ## Nine more steps on the same rollout
+#
+# A rollout is expensive, so it is tempting to learn from it more than once.
+# We do so nine times, to see the clip at work.
+
 # %%
-points = [
+history = [{"step": 1, **metrics}]
+for step in range(2, 11):
+    history.append({"step": step, **trainer.step(experience)})
+plot_curves(
+    history,
     {
-        "step": t,
-        "logprob then": float(experience.old_logprobs[mine, t]),
-        "logprob now": float(new_logprobs[mine, t]),
-        "value then": float(experience.values[mine, t]),
-        "value now": float(new_values[mine, t]),
-        "return": float(experience.returns[mine, t]),
-        "advantage": float(experience.advantages[mine, t]),
-        "change, scaled": float(change[mine, t] / change[mine].abs().max()),
-    }
-    for t in range(length)
-]
-panels = {
-    "the actor: log-probability": ["logprob then", "logprob now"],
-    "the critic": ["value then", "value now", "return"],
-    "cause and effect": ["advantage", "change, scaled"],
-}
-plot_curves(points, panels, xlabel="response token")
+        "the actor's loss": ["policy/loss"],
+        "how far it has moved": ["policy/clipfrac", "policy/approx_kl"],
+        "the critic's loss": ["value/loss"],
+    },
+)
 
 # %% [markdown]
-# What you should see, from left to right: small moves of the
-# log-probabilities; values that have come closer to the returns; and a
-# change of log-probability that follows the advantage.
+# What you should see: both losses fall. At step 1 the actor's loss, the
+# share of clipped tokens and the distance from the actor that sampled
+# (nats a token) are exactly 0. All three leave 0 together, and more and more
+# tokens are clipped and teach nothing. The rollout goes stale: it shows what
+# the old actor would say. `max_approx_kl` (0.1) ends an iteration's epochs
+# before that, and the kit's presets make one pass and sample anew. The
+# critic's loss levels off for the same kind of reason: `value_clip` lets no
+# value move by more than 0.2 on one rollout.
 #
 # ## Checks
 
 # %%
-assert abs(metrics["policy/ratio_mean"] - 1) < 1e-4
-assert metrics["policy/clipfrac"] == 0
-assert metrics["optim/actor_grad_norm"] > 0
-assert metrics["optim/critic_grad_norm"] > 0
+first, last = history[0], history[-1]
+assert abs(first["policy/ratio_mean"] - 1) < 1e-4
+assert first["policy/clipfrac"] == 0
+assert first["optim/actor_grad_norm"] > 0
+assert first["optim/critic_grad_norm"] > 0
 if preset == "toy":
     assert mean((new_values - experience.returns).square()) / 2 < by_hand
     assert gained > 0 and moved > 0
+    assert last["policy/loss"] < first["policy/loss"]
+    assert last["value/loss"] < first["value/loss"]
 print_main("one row has become a gradient, and the gradient a better model")
 
 # %% [markdown]
@@ -708,8 +730,9 @@ print_main("one row has become a gradient, and the gradient a better model")
 #    values in between cancel.*
 # 2. Set `max_new_tokens` to 4. Which column shows that the response did not
 #    end, and what is its score? *Hint: `missing_eos_score`.*
-# 3. Call `trainer.step(experience)` a second time and print
-#    `policy/ratio_mean` and `policy/clipfrac`. Why is the ratio not 1 now?
+# 3. Put `clip_ratio` to 10 (`ppo__clip_ratio=10.0` in the set-up) and take
+#    the ten steps again. What happens to `policy/approx_kl`, and what would
+#    the actor say now? *Hint: call `engine.actor.generate` once more.*
 # 4. Compute the rewards of the same response from `new_logprobs` with
 #    `kl_coef` 0.1 and 1.0. When is it no longer worth saying?
 #    *Hint: compare the sum of the rewards with the score.*
