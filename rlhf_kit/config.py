@@ -62,7 +62,7 @@ class LoRAConfig:
 
     rank: int = 0
     """Rank of the adapters; 0 trains all weights."""
-    alpha: float = 32.0
+    alpha: int = 32
     """Scale of the adapters, before division by the rank."""
     dropout: float = 0.0
     """Must be 0 in PPO, where every forward has to agree."""
@@ -469,7 +469,7 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
         item = args[0]
         return tuple(_convert(v, item, f"{name}[{i}]") for i, v in enumerate(value))
     if dataclasses.is_dataclass(annotation):
-        if isinstance(value, annotation):
+        if type(value) is annotation:
             return value
         require(isinstance(value, Mapping), f"{name} must be a mapping, not {value!r}")
         return _build(annotation, value, name)

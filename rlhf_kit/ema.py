@@ -39,7 +39,7 @@ class EMA:
         decay = ema_decay(self.updates, decay=self.config.decay, warmup=self.config.warmup)
         live = [_local(p) for p in self._parameters]
         if all(tensor.dtype == torch.float32 for tensor in live):
-            torch._foreach_lerp_(self._averages, live, 1.0 - decay)
+            torch._foreach_lerp_(self._averages, live, 1.0 - decay)  # type: ignore[attr-defined]
         else:
             for average, tensor in zip(self._averages, live, strict=True):
                 average.lerp_(tensor.float(), 1.0 - decay)

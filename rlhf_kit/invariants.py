@@ -112,7 +112,7 @@ def _padding(trainer: PPOTrainer, experience: Experience) -> Check:
     """Three more columns of padding on the left change no logprob."""
     rows = experience.rows(torch.arange(min(4, len(experience))))
     length = rows.response_mask.shape[1]
-    pad = trainer.engine.tokenizer.pad_token_id
+    pad = trainer.engine.pad_token_id
     temperature = trainer.generation.temperature
     plain = trainer.engine.actor_logprobs(rows.sequences, rows.attention_mask, length, temperature)
     padded = trainer.engine.actor_logprobs(

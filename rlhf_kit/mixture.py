@@ -58,7 +58,7 @@ class MixtureLoss:
         self.config = args.ppo.mixture
         self.seed = args.seed
         self.micro_batch_size = args.ppo.micro_batch_size
-        self.pad_token_id = engine.tokenizer.pad_token_id
+        self.pad_token_id = engine.pad_token_id
         size = max(int(args.ppo.minibatch_size * self.config.batch_ratio), 1)
         exact_div(size, distributed.world_size(), "mixture rows a minibatch / ranks")
         self.batch_size = size

@@ -109,7 +109,8 @@ def _load(auto_class: Any, name: str, dtype: str, **kwargs: Any) -> tuple[PreTra
 
 def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grow the embeddings to the tokenizer and write its special ids into the config."""
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -180,7 +181,7 @@ class ValueModel(nn.Module):
     then starts in the units of the normalised score.
     """
 
-    def __init__(self, scorer: PreTrainedModel, *, mean: float = 0.0, std: float = 1.0):
+    def __init__(self, scorer: Any, *, mean: float = 0.0, std: float = 1.0):
         super().__init__()
         self.scorer = scorer
         self.mean = mean
@@ -276,8 +277,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     deltas: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            for adapter in module.active_adapters:
-                deltas[f"{name}.weight"] = module.get_delta_weight(adapter)
+            layer: Any = module
+            for adapter in layer.active_adapters:
+                deltas[f"{name}.weight"] = layer.get_delta_weight(adapter)
     for key, tensor in model.state_dict().items():
         if ".lora_" not in key:
             merged[key.replace(".base_layer.", ".")] = tensor

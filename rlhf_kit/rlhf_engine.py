@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class RLHFEngine:
         start_deepspeed()
         self.args = args
         self.tokenizer = tokenizer
+        self.pad_token_id = cast(int, tokenizer.pad_token_id)
         self.device = distributed.local_device()
         ppo, ranks = args.ppo, distributed.world_size()
         local = exact_div(ppo.minibatch_size, ranks, "ppo.minibatch_size / ranks")
@@ -99,20 +100,21 @@ class RLHFEngine:
         distributed.seed_everything(args.seed)
 
         actor = load_causal_lm(actor_model_name_or_path, tokenizer, dtype=args.actor_engine.dtype)
-        self._ref = None
+        self._ref: torch.nn.Module | None = None
         if args.actor_engine.lora.rank:
             require(args.actor_engine.lora.dropout == 0, "lora dropout must be 0 in PPO")
             add_lora(actor, args.actor_engine.lora)
         else:
             # A copy, not loaded again: rows added for new tokens are random, and must be equal.
-            self._ref = copy.deepcopy(actor).to(self.device).eval().requires_grad_(False)
+            self._ref = copy.deepcopy(cast(torch.nn.Module, actor)).to(self.device)
+            self._ref.eval().requires_grad_(False)
         self.actor = HybridEngine(
             actor,
             args.actor_engine,
             ppo.actor_optimizer,
             total_steps=actor_iterations * updates,
             eos_token_ids=stop_token_ids(tokenizer, actor),
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=self.pad_token_id,
         )
         self.ema = EMA(self.actor.module, ppo.ema) if ppo.ema.enabled else None
 

@@ -111,7 +111,7 @@ def make_experience(
     size = config.micro_batch_size
 
     def logprobs_by(source: Callable[[Tensor, Tensor, int, float], Tensor]) -> Tensor:
-        return _by_micro_batch(lambda *batch: source(*batch, temperature), *scored, size)
+        return _by_micro_batch(lambda i, m, r: source(i, m, r, temperature), *scored, size)
 
     models.actor.eval()
     models.critic.eval()

@@ -101,8 +101,8 @@ def test_a_configuration_without_its_models_is_refused():
 def test_a_source_of_ones_own_is_a_mapping():
     config = preset("toy", data__sources=[{"name": "my.jsonl", "weight": 2}])
     assert config.data.sources[0].weight == 2.0
-    with pytest.raises(ValueError, match=r"unknown setting data\.sources\[0\]\.wight"):
-        preset("toy", data__sources=[{"name": "my.jsonl", "wight": 2}])
+    with pytest.raises(ValueError, match=r"unknown setting data\.sources\[0\]\.breadth"):
+        preset("toy", data__sources=[{"name": "my.jsonl", "breadth": 2}])
 
 
 def test_the_announcements_names_are_the_models():

@@ -102,7 +102,7 @@ class TrainingEngine:
         self.steps_done = 0
         module.to(distributed.local_device())
         if config.gradient_checkpointing:
-            hf_model = getattr(module, "scorer", module)
+            hf_model: Any = getattr(module, "scorer", module)
             hf_model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
@@ -119,6 +119,8 @@ class TrainingEngine:
         self._grad_norm = 0.0
         if self._plain:
             adamw.register_step_pre_hook(self._clip)
+        self.deepspeed: Any
+        self.optimizer: Any
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=adamw,
