@@ -217,16 +217,16 @@ def plot_calibration(calibration: Mapping[str, Any], path: PathLike = None) -> F
         error = np.array([[b["accuracy"] - b["low"], b["high"] - b["accuracy"]] for b in bins]).T
         label = f"reward model (ECE {calibration['ece']:.3f})"
         ax.errorbar(x, y, np.maximum(error, 0), fmt="o-", capsize=3, markersize=5, label=label)
-        for b in bins:
+        for number, b in enumerate(bins):  # on two lines in turn: bins may lie close together
             ax.annotate(
-                f"{b['count']}", (b["confidence"], 0.02), ha="center", fontsize=9,
-                xycoords=("data", "axes fraction"),
+                f"{b['count']}", (b["confidence"], (0.02, 0.07)[number % 2]), ha="center",
+                fontsize=9, xycoords=("data", "axes fraction"),
             )  # fmt: skip
-        ax.text(0.01, 0.07, "pairs in the bin:", transform=ax.transAxes, fontsize=9)
+        ax.text(0.01, 0.13, "pairs in the bin:", transform=ax.transAxes, fontsize=9)
         ax.set(xlabel="confidence: sigmoid of the absolute margin", ylabel="accuracy")
         ax.set_xlim(0.48, 1.02)
-        ax.set_ylim(min(0.4, *(b["low"] - 0.15 for b in bins)), 1.03)
-        ax.legend(loc="upper left")
+        ax.set_ylim(min(0.35, *(b["low"] - 0.15 for b in bins)), 1.03)
+        figure.legend(loc="outside upper left")
     return figure
 
 
