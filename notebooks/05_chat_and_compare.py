@@ -260,7 +260,7 @@ for name in actors:
 # To chat yourself, use a terminal. It is the same session, with input:
 
 # %% tags=["interactive"]
-print_main(f"rlhf-kit chat {run_dir} --checkpoint ema")
+print_main(f"rlhf-kit chat {resolve_model(directories['ema'])}")
 
 # %% [markdown]
 # ## 5. The same prompts for everybody
@@ -380,8 +380,8 @@ table(
 # %% [markdown]
 # Did you and the judge agree? And did an opener such as "With pleasure!" give
 # the new model away? Then you were no longer blind; people who judge for a
-# living learn such signs as well. InstructGPT's labelers agreed with each other
-# in about 73 % of cases (Ouyang et al. 2022, section 3.4).
+# living learn such signs as well. InstructGPT's labelers agreed with each
+# other in about 73 % of cases (Ouyang et al. 2022, section 3.4).
 #
 # ## 7. Win rates, with what we do not know
 #
