@@ -137,7 +137,7 @@ def plot_frontier(points: Sequence[Mapping[str, Any]], path: PathLike = None) ->
             ax.errorbar(x, y, bars, fmt=marker, color=color, capsize=3, markersize=7, label=label)
         ax.set(xlabel=DISTANCE, ylabel="reward")
         ax.margins(0.15)
-        ax.legend(loc="lower right")
+        ax.legend(loc="best")
     return figure
 
 
@@ -147,11 +147,13 @@ def plot_overoptimisation(
     """What training maximises (proxy) and what was meant (gold), against sqrt(KL) or iteration.
 
     points: mappings with `gold`, `proxy`, `kl` and/or `iteration`, and optionally `gold_low`,
-    `gold_high`, `proxy_low`, `proxy_high` (drawn as bands) and `ema_gold` with `ema_kl`
-    (drawn as hollow dots). x: `kl` or `iteration`.
+    `gold_high`, `proxy_low`, `proxy_high` (drawn as bands or bars) and `ema_gold` with `ema_kl`
+    (drawn as hollow dots). x: `kl` or `iteration`. Lines follow the iterations where all points
+    name theirs, also against the KL, which may turn back.
     """
     require(x in ("kl", "iteration"), f"x must be kl or iteration, not {x!r}")
-    points = sorted(points, key=lambda point: point[x])
+    order = "iteration" if all("iteration" in point for point in points) else x
+    points = sorted(points, key=lambda point: point[order])
     place = [_place(point[x], x) for point in points]
     with _figure(6.2, 3.8, path) as (figure, axes):
         left = axes[0, 0]
@@ -164,7 +166,10 @@ def plot_overoptimisation(
             ax.plot(place, values, line, marker=marker, color=color, ms=5, label=name)
             if all(f"{name}_low" in p and f"{name}_high" in p for p in points):
                 low, high = ([p[f"{name}_{end}"] for p in points] for end in ("low", "high"))
-                ax.fill_between(place, low, high, color=color, alpha=0.18, linewidth=0)
+                if x == "iteration":
+                    ax.fill_between(place, low, high, color=color, alpha=0.18, linewidth=0)
+                else:
+                    ax.vlines(place, low, high, color=color, alpha=0.4, linewidth=1.2)
             ax.tick_params(axis="y", colors=color)
             ax.set_ylabel(what, color=color)
         ema = [p for p in points if "ema_gold" in p]

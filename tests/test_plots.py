@@ -68,6 +68,12 @@ def test_overoptimisation_is_drawn_against_the_root_of_the_kl():
     assert all(ax.get_ylabel() for ax in figure.axes)
 
 
+def test_overoptimisation_follows_training_where_the_kl_turns_back():
+    points = [point | {"kl": kl} for point, kl in zip(POINTS, (0, 9, 4), strict=True)]
+    figure = plots.plot_overoptimisation(points[::-1])
+    assert list(figure.axes[0].lines[0].get_xdata()) == [0, 3, 2]
+
+
 def test_an_unknown_axis_is_refused():
     with pytest.raises(ValueError, match="kl or iteration"):
         plots.plot_overoptimisation(POINTS, x="time")
