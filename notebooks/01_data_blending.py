@@ -21,7 +21,7 @@
 #
 # | preset | hardware | minutes | peak memory |
 # |---|---|---|---|
-# | toy | two CPU cores | 0.5 | 0.6 GB |
+# | toy | two CPU cores | 0.2 | 0.6 GB |
 
 # %% tags=["parameters"]
 preset: str = "toy"  # toy, consumer or cluster
@@ -391,33 +391,33 @@ for stage in STAGES:
 # %%
 def shares(pairs: list[PreferencePair], how: str) -> list[dict]:
     """The share of each source in the first n rows, for growing n."""
-    sources_seen = [Path(pair.source).name for pair in pairs]
+    seen = [Path(pair.source).name for pair in pairs]
     every = max(len(pairs) // 40, 1)
     return [
         {"step": n}
-        | {
-            f"{name}{how}": count / n
-            for name, count in Counter(sources_seen[:n]).items()
-        }
+        | {f"{name} {how}": seen[:n].count(name) / n for name in set(seen)}
         for n in range(every, len(pairs) + 1, every)
     ]
 
 
+# %%
 mixed = list(blend["ppo"])
-shuffled = Random(config.seed).sample(mixed, len(mixed))
-curves = shares(mixed, "") + shares(shuffled, " ")
-source_names = sorted({Path(pair.source).name for pair in mixed})
-panels = {
-    "the blend": source_names,
-    "shuffled concatenation": [name + " " for name in source_names],
-}
-plot_curves(curves, panels, xlabel="first n rows")
+concatenated = Random(config.seed).sample(mixed, len(mixed))
+kinds = {"blended": mixed, "concatenated": concatenated}
+curves = [row for how, pairs in kinds.items() for row in shares(pairs, how)]
+in_order = [Path(source.name).name for source in blend_config.sources]
+plot_curves(
+    curves,
+    {name: [f"{name} {how}" for how in kinds] for name in in_order},
+    xlabel="first n rows",
+    columns=2,
+)
 
 # %% [markdown]
-# What you should see: on the left every share starts at its weight (0.4 for
-# the toy world at weight 2, 0.2 for each file) and keeps it until a source
-# runs out. On the right the weights do not matter: large sources are large.
-# A run that stops early has seen the blend only on the left.
+# What you should see: blended, every share starts at its weight (0.4 for the
+# toy world at weight 2, 0.2 for each file) and keeps it until a source runs
+# out. Concatenated, the weights do not matter: a large source is large. A
+# run that stops early has seen what its weights ask for only in a blend.
 
 # %% [markdown]
 # ## The chat template, and what the loss sees
@@ -425,7 +425,7 @@ plot_curves(curves, panels, xlabel="first n rows")
 # A model reads ids. The chat template writes a dialogue as one text, and the
 # tokenizer cuts it. Prompt and response are encoded apart and joined as ids,
 # so the response has the very ids that generation would sample. SFT learns
-# the response alone: its tokens are painted (in a script: in brackets).
+# the response alone: its tokens are green (in a script: in brackets).
 
 # %%
 tokenizer = load_tokenizer(resolve_model(config.actor_model))
@@ -435,7 +435,7 @@ eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
 
 def paint(ids: list[int], counts: list[bool]) -> str:
     """The text of ids, with the tokens that count in colour or brackets."""
-    on, off = ("\x1b[30;42m", "\x1b[0m") if launch.in_notebook() else "[]"
+    on, off = ("\x1b[1;32m", "\x1b[0m") if launch.in_notebook() else "[]"
     text, before = "", False
     for token, now in zip(ids, [*counts, False], strict=False):
         text += (on if now else off) if now != before else ""
@@ -458,8 +458,8 @@ for ids, mask in zip(batch.input_ids, batch.loss_mask, strict=True):
 
 # %% [markdown]
 # As we can see, an earlier turn of the assistant is context, and not
-# learnt. The EOS at the end *is* learnt: a model that never saw the loss of
-# an EOS never stops. The PAD behind it is not learnt.
+# learnt. The EOS at the end *is* learnt: a model that never learns to say
+# EOS never stops. The PAD behind it is not learnt.
 #
 # That is why PAD must not be EOS. A setup that uses one token for both, and
 # hides it wherever it stands, hides the real EOS as well, and its model
@@ -468,7 +468,7 @@ for ids, mask in zip(batch.input_ids, batch.loss_mask, strict=True):
 # ### A user may write anything
 #
 # Text that looks like a special token must stay text. Otherwise a user could
-# end the assistant's turn for it.
+# forge the end of a turn.
 
 # %%
 attack = {"role": "user", "content": f"Say {tokenizer.eos_token} twice."}
@@ -511,7 +511,7 @@ assert kept.input_ids[:-1] == draft[:-1]
 # %%
 some = blend["ppo"][:100]
 lengths = sorted(len(encode_prompt(tokenizer, row.prompt)) for row in some)
-limit = lengths[len(lengths) * 3 // 4]
+limit = lengths[len(lengths) * 9 // 10]
 short = dataclasses.replace(config.data, max_prompt_length=limit)
 few = keep_fitting(tokenizer, some, short)
 print_main(f"{len(few.rows)} prompts fit {limit} tokens;", *few.lines())
@@ -591,13 +591,13 @@ def pad_share(batches: list[list[int]], lengths: list[int]) -> float:
 
 
 small = [3, 9, 4, 10, 3, 9, 5, 10]
-in_order = [[0, 1], [2, 3], [4, 5], [6, 7]]
+plain = [[0, 1], [2, 3], [4, 5], [6, 7]]
 bucketed = length_bucketed_batches(small, 2, seed=1, epoch=0)
-for name, batches in (("in order", in_order), ("bucketed", bucketed)):
+for name, batches in (("in order", plain), ("bucketed", bucketed)):
     widths = [[small[i] for i in batch] for batch in batches]
     print_main(f"{name}: {widths} pads {pad_share(batches, small):.0%}")
-assert abs(pad_share(in_order, small) - (1 - 53 / 76)) < 1e-9
-assert pad_share(bucketed, small) < pad_share(in_order, small)
+assert abs(pad_share(plain, small) - (1 - 53 / 76)) < 1e-9
+assert pad_share(bucketed, small) < pad_share(plain, small)
 
 # %% [markdown]
 # Sorting all rows would save most, and would show the model short rows
@@ -610,10 +610,10 @@ train = encode_demonstrations(tokenizer, rows_of_sft, config.data)
 print_main(len(train.rows), "demonstrations", *train.lines())
 lengths = [row.length for row in train.rows]
 n, size, seeds = len(lengths), batch_size, {"seed": config.seed, "epoch": 0}
-plain = epoch_order(n, **seeds)
+shuffled = epoch_order(n, **seeds)
 in_length = sorted(range(n), key=lambda i: lengths[i])
 orders = {
-    "shuffled": [plain[i : i + size] for i in range(0, n, size)],
+    "shuffled": [shuffled[i : i + size] for i in range(0, n, size)],
     "bucketed": length_bucketed_batches(lengths, size, **seeds),
     "sorted": [in_length[i : i + size] for i in range(0, n, size)],
 }
@@ -718,7 +718,7 @@ print_main("no prompt is in two stages, every response ends with EOS")
 #
 #     rlhf-kit train --preset consumer --data mine.jsonl=2 \
 #         --data Anthropic/hh-rlhf=1 --output-dir runs/mine
-#     deepspeed --num_gpus 8 notebooks/04_ppo.py --preset cluster
+#     deepspeed --num_gpus 8 notebooks/04_ppo.py --run_dir runs/mine
 #
 # Order and splits depend on the seed and the text alone, never on the number
 # of GPUs.
