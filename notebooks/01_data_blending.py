@@ -437,7 +437,7 @@ def paint(ids: list[int], counts: list[bool]) -> str:
     """The text of ids, with the tokens that count in colour or brackets."""
     on, off = ("\x1b[1;32m", "\x1b[0m") if launch.in_notebook() else "[]"
     text, before = "", False
-    for token, now in zip(ids, [*counts, False], strict=False):
+    for token, now in zip(ids, counts, strict=True):
         text += (on if now else off) if now != before else ""
         text += tokenizer.decode([token])
         before = now
