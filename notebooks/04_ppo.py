@@ -32,6 +32,7 @@ run_dir: str = "runs/notebooks"  # where models and metrics go
 seed: int | None = None  # decides data order, sampling and initialisation
 iterations: int | None = None  # rollout and update rounds
 epochs: int | None = None  # passes over each rollout
+micro_batch_size: int | None = None  # rows a forward pass, on one rank
 kl_coef: float | None = None  # penalty a nat against the SFT model
 kl_kind: str | None = None  # fixed or adaptive
 actor_learning_rate: float | None = None  # peak learning rate of the actor
@@ -96,6 +97,7 @@ run = RunDirectory.open(
     seed=seed,
     ppo__iterations=iterations,
     ppo__epochs=epochs,
+    ppo__micro_batch_size=micro_batch_size,
     ppo__kl__coef=kl_coef,
     ppo__kl__kind=kl_kind,
     ppo__actor_optimizer__learning_rate=actor_learning_rate,
@@ -249,18 +251,22 @@ RESPONSES = (
     "moss moss moss moss moss EOS",
     "It eats moss or grain or",
 )
-old = [
-    [-0.7, -0.4, -0.9, -0.1, -0.2, 0.0],
-    [-0.5, -0.2, -0.6, -0.3, -0.8, -0.1],
-    [-2.0, -0.3, -0.2, -0.2, -0.1, -0.9],
-    [-0.7, -0.4, -1.1, -1.5, -0.8, -0.6],
-]
-ref = [
-    [-0.8, -0.4, -1.0, -0.1, -0.3, 0.0],
-    [-1.5, -0.4, -0.6, -0.2, -0.9, -0.1],
-    [-4.0, -2.3, -1.2, -0.7, -0.6, -2.9],
-    [-0.6, -0.4, -1.0, -1.4, -0.9, -0.7],
-]
+old = torch.tensor(
+    [
+        [-0.7, -0.4, -0.9, -0.1, -0.2, 0.0],
+        [-0.5, -0.2, -0.6, -0.3, -0.8, -0.1],
+        [-2.0, -0.3, -0.2, -0.2, -0.1, -0.9],
+        [-0.7, -0.4, -1.1, -1.5, -0.8, -0.6],
+    ]
+)
+ref = torch.tensor(
+    [
+        [-0.8, -0.4, -1.0, -0.1, -0.3, 0.0],
+        [-1.5, -0.4, -0.6, -0.2, -0.9, -0.1],
+        [-4.0, -2.3, -1.2, -0.7, -0.6, -2.9],
+        [-0.6, -0.4, -1.0, -1.4, -0.9, -0.7],
+    ]
+)
 words = [response.split() for response in RESPONSES]
 mask = torch.tensor([[t < len(row) for t in range(6)] for row in words])
 ended = torch.tensor([row[-1] == "EOS" for row in words])
@@ -274,7 +280,7 @@ def draft_rewards(b, kl_coef):
     """The rewards of response b, one a token."""
     rewards = []
     for t in range(len(words[b])):
-        toll = -kl_coef * (old[b][t] - ref[b][t])
+        toll = -kl_coef * float(old[b, t] - ref[b, t])
         is_last = t == len(words[b]) - 1
         rewards.append(toll + (float(score[b]) if is_last else 0.0))
     return rewards
@@ -288,7 +294,6 @@ for b, draft in enumerate(drafts):
     show(f"score {float(score[b]):+.1f}, sum {sum(draft):+.2f}:  {tolls}")
 
 # %%
-old, ref = torch.tensor(old), torch.tensor(ref)
 rewards = f.token_rewards(score, old, ref, mask, kl_coef=0.1)
 for row, draft in zip(rewards.tolist(), drafts, strict=True):
     padded = draft + [0.0] * (6 - len(draft))
@@ -661,7 +666,7 @@ summary = run.finish("ppo", trainer.phases, iterations=trainer.iteration)
 # ## 10. The curves
 
 # %%
-history = read_metrics(run.path / "ppo")
+history = read_metrics(run.path / "ppo") if distributed.is_main_rank() else []
 panels = {
     "score (sd)": ["objective/score", "objective/reward_sum"],
     "KL to SFT (nats a response)": ["objective/kl", "objective/kl_k3"],
@@ -735,7 +740,7 @@ if launch.in_notebook():
 # What you should see: the answers stay right and refusals stay refusals.
 # What changes is the manner, because that is what the SFT model did at random
 # and the reward model pays for. If one opener stands before every answer, you
-# have met the reward model's favorite phrase, and seen why entropy falls.
+# have met the reward model's favourite phrase, and seen why entropy falls.
 #
 # ## 12. Where the time goes
 
@@ -756,18 +761,19 @@ for name, share in trainer.phases.shares().items():
 # ## Checks
 
 # %%
-assert is_complete(run.path / "ppo" / "final")
-assert len(history) == trainer.iteration == num_total_iters
-start, end = history[0], history[-1]
-if args.ppo.old_logprobs != "rollout":
-    assert abs(start["objective/kl"]) < 1e-3
-assert 0.5 < end["policy/ratio_mean"] < 2
-if engine.ema is not None:
-    apart = weight_distance(run.path / "ppo/ema", run.path / "ppo/final")
-    assert 0 < apart["relative_l2"] < 0.5
-if preset == "toy" and num_total_iters >= 30:
-    assert end["objective/score"] > start["objective/score"]
-    assert end["response/eos_rate"] > 0.9
+if distributed.is_main_rank():
+    assert is_complete(run.path / "ppo" / "final")
+    assert len(history) == trainer.iteration == num_total_iters
+    start, end = history[0], history[-1]
+    assert 0.5 < end["policy/ratio_mean"] < 2
+    if args.ppo.old_logprobs != "rollout":
+        assert abs(start["objective/kl"]) < 1e-3
+    if engine.ema is not None:
+        apart = weight_distance(run.path / "ppo/ema", run.path / "ppo/final")
+        assert 0 < apart["relative_l2"] < 0.5
+    if preset == "toy" and num_total_iters >= 30:
+        assert end["objective/score"] > start["objective/score"]
+        assert end["response/eos_rate"] > 0.9
 
 # %% [markdown]
 # ## Exercises
@@ -790,6 +796,9 @@ if preset == "toy" and num_total_iters >= 30:
 #     deepspeed --num_gpus 8 notebooks/04_ppo.py --preset cluster \
 #         --zero_stage 3
 #     torchrun --nproc_per_node 8 notebooks/04_ppo.py --preset cluster
+#
+# Rows are shared out evenly, so on two ranks the toy preset needs
+# `--micro_batch_size 16`.
 #
 # ## What to read next
 #

@@ -501,13 +501,14 @@ for row in (int(by_kl[place]) for place in places):
     tokens, ratio = compare_tokens(row)
     print_main(f"user: {asked(row)}   ({sum(ratio):+.2f} nats)")
     show_tokens(tokens, ratio)
-    assert abs(sum(ratio) - results["final"].kl[row]) < 0.1
+    if config.actor_engine.dtype == "fp32":  # bf16 may sample other tokens
+        assert abs(sum(ratio) - results["final"].kl[row]) < 0.1
 
 # %% [markdown]
 # As we can see, most tokens are plain: within a word, a phrase or a fact both
 # models agree. PPO has moved a few decisions: how to open, whether to add a
-# closing sentence, when to stop. There the colours are. A token in orange was
-# drawn against the odds, and its advantage was probably negative. Hold the
+# closing sentence, when to stop. There the colours are. A token in orange is
+# one that PPO has learnt to avoid, and that was drawn all the same. Hold the
 # mouse over a token to see its number.
 #
 # ## 9. Small steps in weights
