@@ -60,6 +60,8 @@ from rlhf_kit import (
     distributed,
     toy_world,
 )
+
+# %%
 from rlhf_kit.blending import Blend, length_bucketed_batches
 from rlhf_kit.checkpoint import export, is_complete
 from rlhf_kit.config import override, require
@@ -188,12 +190,14 @@ demos = encode_demonstrations(tokenizer, blend["sft"], config.data).rows
 
 def quick_sft(rows):
     """A small SFT model, where the run has none: its directory."""
-    model = load_causal_lm(config.actor_model, tokenizer, dtype="fp32")
+    dtype = config.actor_engine.dtype
+    model = load_causal_lm(config.actor_model, tokenizer, dtype=dtype)
     plan = length_bucketed_batches(
         [row.length for row in rows],
         config.sft.batch_size,
         seed=config.seed,
         epoch=0,
+        drop_last=len(rows) >= config.sft.batch_size,
     )
     engine = TrainingEngine(
         model,
@@ -232,11 +236,19 @@ require(len(rows) >= 2 * pairs, f"pairs can be {len(rows) // 2} at most")
 
 def train_reward_model(name, rows, seed):
     """Train a reward model on `rows` and export it to its directory."""
-    scorer = load_scorer(sft_model, tokenizer, dtype="fp32")
+    distributed.seed_everything(seed)
+    dtype = config.critic_engine.dtype
+    scorer = load_scorer(sft_model, tokenizer, dtype=dtype)
     plan = [
         batch
         for epoch in range(pair_epochs)
-        for batch in pair_batches(rows, 16, seed=seed, epoch=epoch)
+        for batch in pair_batches(
+            rows,
+            16,
+            seed=seed,
+            epoch=epoch,
+            multiple=distributed.world_size(),
+        )
     ]
     trainer = RewardTrainer(
         TrainingEngine(
@@ -274,9 +286,10 @@ for name, scorer in (("weak", weak), ("witness", witness)):
     )
 
 # %% [markdown]
-# As we can see, *weak* is not *bad*. ACCURACY. Most people would
-# ship a reward model like this. Its held-out pairs are of the kind it was
-# trained on, and that is exactly what PPO's responses will soon not be.
+# As we can see, *weak* is not *bad*: right on @ACC@ % of the pairs, and on
+# @ACCC@ % of those that differ in correctness. Many would start PPO with it.
+# But held-out pairs look like the pairs it was trained on, and PPO's
+# responses will soon look like nothing in them.
 
 # %% [markdown]
 # ## 4. One way to measure, for everything that follows
@@ -376,7 +389,7 @@ for n in (2, 4, 16):
 # Now with the SFT model and the weak reward model.
 
 # %%
-sft = load_causal_lm(sft_model, tokenizer, dtype="fp32")
+sft = load_causal_lm(sft_model, tokenizer, dtype=config.actor_engine.dtype)
 sft = sft.to(distributed.local_device()).eval()
 sft_actor = Actor(sft, tokenizer, config.ppo.micro_batch_size)
 
@@ -420,7 +433,10 @@ for n in (n for n in (1, 2, 4, 8, 16, 32) if n <= samples):
     )
 
 # %% [markdown]
-# BESTOFN
+# As we can see, @BON@ responses to choose from lift the gold score from
+# @B1@ to @B16@ for less than two nats, with the *same* weak reward model and
+# no training at all. Each doubling buys less than the one before. Keep that
+# last number: it is hard to beat.
 
 # %% [markdown]
 # ## 6. Two PPO runs
@@ -436,7 +452,7 @@ for n in (n for n in (1, 2, 4, 8, 16, 32) if n <= samples):
 
 
 # %%
-def look(engine, iteration, metrics):
+def look(engine, iteration):
     """A point of the plots: the live actor's numbers, and the EMA's."""
 
     def ref_logprobs(rollout):
@@ -452,7 +468,6 @@ def look(engine, iteration, metrics):
         "iteration": iteration,
         "kl": live.kl.mean(),
         "witness": second,
-        "entropy": metrics.get("objective/entropy", float("nan")),
         "length": live.length.mean(),
         "distinct": len(set(live.responses)) / len(live.responses),
         "ema_kl": ema.kl.mean(),
@@ -503,14 +518,14 @@ def climb(coef):
     engine, trainer, loader = start(coef)
     name = f"kl_{coef:g}"
     log = MetricsLog(place / name, console=["objective/score"], purge_step=0)
-    points = [look(engine, 0, {})]
+    points = [look(engine, 0)]
     for prompt_batch in tqdm(loader, desc=name, disable=None):
         out = trainer.generate_experience(prompt_batch)
         trainer.train_rlhf(out)
         done = trainer.iteration
         log(done, trainer.metrics)
         if done % evaluate_every == 0 or done == iterations:
-            points.append(look(engine, done, trainer.metrics))
+            points.append(look(engine, done))
     log.close()
     engine.actor.eval()
     greedy = {"live": answers(engine.actor.generate, 0.0)[0]}
@@ -595,12 +610,16 @@ residual = gain - terms @ (alpha, beta)
 print_main(f"largest miss {np.abs(residual).max():.3f}")
 
 # %% [markdown]
-# FIT
+# Honestly: not well. The law misses by up to @MISS@. It describes runs whose
+# KL grows steadily, and this one is @KL20@ nats away by iteration 20, then
+# moves sideways: it passes a model worth @G20@ and ends at one worth
+# @GEND@, about equally far from the SFT model. Distance is the room to do
+# damage in, not the damage.
 
 # %% [markdown]
 # ## 8. What the model says
 #
-# Numbers hide it. Read.
+# A mean hides it, so read.
 
 
 # %%
@@ -620,8 +639,37 @@ if launch.in_notebook():
     show(max(prompts // 6, 1))
 
 # %% [markdown]
-# Which part of the gold score pays? Refusals and courtesies are easy to say
-# to any prompt; being right is not.
+# Without a penalty the model refuses *everything*, politely spoken or not,
+# and the reward model loves it. Why? Look for refusals in its pairs.
+
+
+# %%
+def refuses(text):
+    return "cannot help" in text or "will not help" in text
+
+
+seen = [
+    (refuses(pair.chosen), refuses(pair.rejected), pair.prompt)
+    for pair in blend["reward"][:pairs]
+    if refuses(pair.chosen) or refuses(pair.rejected)
+]
+won = sum(chosen and not rejected for chosen, rejected, _ in seen)
+lost = sum(rejected and not chosen for chosen, rejected, _ in seen)
+unneeded = sum(
+    toy_world.judge(list(prompt), "I cannot help with that.").correct == 0
+    for _, _, prompt in seen
+)
+print_main(
+    f"{won} pairs prefer the refusal, {lost} prefer the other response; "
+    f"{unneeded} of {len(seen)} refuse a harmless request"
+)
+
+# %% [markdown]
+# There it is. A refusal won nearly every time, and never once was a harmless
+# request refused, so nothing ever taught the reward model that this is
+# worthless. Among the pairs it is right. PPO left the pairs.
+#
+# Which part of the gold score pays for it?
 
 # %%
 names = first["live"].gold
@@ -633,7 +681,8 @@ for name, point in table.items():
     )
 
 # %% [markdown]
-# PARTS
+# Correctness, from @C0@ to @C1@. Being right takes a different answer to each
+# prompt. Brief and harmless can be said to all of them in one sentence.
 
 # %% [markdown]
 # ## 9. Does the average save us?
@@ -665,24 +714,40 @@ for name, points, greedy in (
             with_interval(greedy[which].gold["total"]),
         )
 
+# %%
+print_main("without a penalty: iteration, gold of the live actor, of the EMA")
+for point in free:
+    print_main(
+        f"{point['iteration']:9} {point['gold']:.3f} {point['ema_gold']:.3f}"
+    )
+
 # %% [markdown]
-# EMATEXT
+# No. The EMA follows a few iterations behind: at iteration 50 it was worth
+# @E50@ where the live actor had @L50@, at the end the two are equal within
+# their intervals. An average smooths noise. It cannot undo a trend. With the
+# penalty, final and EMA cannot be told apart either.
+#
+# And greedily even the penalised model gains nothing over SFT: from a weak
+# reward model it has learnt to make good answers likelier, not better ones.
 
 # %% [markdown]
 # ## 10. What would have warned you?
 #
-# Cover the last column: a real run does not have it. *Distinct* is the share
-# of held-out prompts that got a response no other prompt got before.
+# Cover the last column: a real run does not have it. *Distinct* counts
+# different responses, as a share of the held-out prompts.
 
 # %%
+logged = {row["step"]: row for row in read_metrics(place / "kl_0")}
 print_main(
     "iteration  proxy  witness     KL  entropy  length  distinct   gold"
 )
 for point in free:
+    # Training logs entropy from its first iteration on.
+    entropy = logged[max(point["iteration"], 1)]["objective/entropy"]
     print_main(
         f"{point['iteration']:9}  {point['proxy']:+.2f}  "
         f"{point['witness']:+7.2f}  {point['kl']:5.1f}  "
-        f"{point['entropy']:7.2f}  {point['length']:6.1f}  "
+        f"{entropy:7.2f}  {point['length']:6.1f}  "
         f"{point['distinct']:8.2f}  {point['gold']:.3f}"
     )
 
@@ -692,26 +757,40 @@ panels = {
     "entropy, nats a token": ["objective/entropy"],
     "length, tokens": ["response/length"],
 }
-plot_curves(read_metrics(place / "kl_0"), panels)
+plot_curves(list(logged.values()), panels, xlabel="iteration")
 
 # %% [markdown]
-# WARNINGS
+# - The **witness** does not warn. It rises with the proxy, although it never
+#   saw PPO's reward model nor its pairs: its own pairs have the same gap.
+#   Eisenstein et al. (2023) found as much for whole ensembles.
+# - **KL** says early that the walk is long, @KL20@ nats by iteration 20, but
+#   not where it leads.
+# - **Entropy** falls towards 0, and **distinct** responses with it, from
+#   @D0@ to @D1@. These two tell a collapse from progress.
+# - **Length** hardly moves. It is a warning only where length is the error.
+# - Five **samples**, read aloud, say it all. `rlhf-kit train` keeps some of
+#   every iteration in `ppo/samples.jsonl`. Read them.
 
 # %% [markdown]
 # ## 11. Checks
 #
-# The claims of this notebook, as asserts. A short run shows too little, so
-# they hold for 60 iterations or more.
+# The claims of this notebook, as asserts: means of the same prompts, and
+# intervals that do not touch. A short run shows too little, so they hold for
+# 60 iterations or more.
 
 # %%
 last, held_back = free[-1], paid[-1]
 assert best_of_n_kl(1) == 0 and abs(first["kl"]) < 0.01
 assert np.isclose(first["ema_gold"], first["gold"])
 if iterations >= 60 and prompts >= 128:
+    greedy = bootstrap_interval(free_greedy["live"].gold["total"])
+    before = bootstrap_interval(sft_greedy.gold["total"])
+    right = [p["live"].gold["correct"].mean() for p in (first, last)]
     assert last["proxy_low"] > first["proxy_high"], "the proxy score rose"
-    assert last["gold_high"] < first["gold_low"], "the gold score fell"
-    assert peak["gold"] - last["gold"] >= 0.25, "from a peak before the end"
-    assert held_back["gold_low"] > last["gold_high"], "a penalty prevents it"
+    assert last["gold"] < peak["gold"] - 0.1, "the gold score fell"
+    assert greedy.high < before.low, "greedily, below the SFT model"
+    assert right[1] < right[0] - 0.2, "as correctness was given up"
+    assert held_back["gold_low"] > last["gold_high"], "a penalty helps"
     assert held_back["kl"] < last["kl"] / 2, "by stopping the walk earlier"
     print_main("over-optimised, and shown to be")
 else:
@@ -750,7 +829,12 @@ else:
 #
 # ## Honest limits
 #
-# One seed, one weak reward model, 128 prompts. LIMITS
+# One seed, one weak reward model, 128 prompts, and settings chosen (on the
+# validation split) because they show the effect. The numbers in the text are
+# from two CPU cores on 2026-11-22 with the SFT model of notebook 02; another
+# thread count rounds differently, and PPO amplifies that. @SEED2@
+# The judge is a program, and the reward model's blind spot could be looked
+# up. With people, neither holds.
 #
 # ## What to read next
 #
