@@ -90,6 +90,9 @@ def run_notebook(path: str | Path, values: Mapping[str, Any], *, log: str | Path
     words = [_word(k, v) for k, v in check_values(parameters_of(path), values).items()]
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {
+        # Threads that wait by spinning make a busy machine many times slower, and a quiet one
+        # hardly faster.
+        "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         "PYTHONUNBUFFERED": "1",
         "MPLBACKEND": "Agg",
