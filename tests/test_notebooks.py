@@ -18,11 +18,11 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))
 SMOKE: dict[str, dict[str, Any]] = {
     "00_follow_one_row": {},
-    "01_data_blending": {},
+    "01_data_blending": {"rows": 200},
     "02_sft": {"rows": 256},
     "03_reward_model": {"rows": 256},
-    "04_ppo": {"iterations": 2},
-    "05_chat_and_compare": {},
+    "04_ppo": {"iterations": 3},
+    "05_chat_and_compare": {"prompts": 16},
     "07_over_optimisation": {},
 }
 """Small enough for a test; every notebook's own defaults are the toy preset's."""
@@ -37,7 +37,7 @@ def test_the_notebooks_of_the_course_are_all_there():
 @every_notebook
 def test_a_notebook_has_one_typed_parameters_cell_with_the_run_directory(source: Path):
     names = [parameter.name for parameter in parameters_of(source)]
-    assert "run_dir" in names and "preset" in names
+    assert "run_dir" in names
 
 
 @every_notebook
