@@ -22,7 +22,7 @@
 #
 # | preset | hardware | minutes | peak memory |
 # |---|---|---|---|
-# | toy | two CPU cores | TIME | MEMORY |
+# | toy | two CPU cores | 4 | 1.0 GB |
 #
 # The notebook uses the SFT model of `run_dir`, or trains a small one itself.
 # It needs the gold judge, so it runs in the toy world alone.
@@ -286,8 +286,8 @@ for name, scorer in (("weak", weak), ("witness", witness)):
     )
 
 # %% [markdown]
-# As we can see, *weak* is not *bad*: right on @ACC@ % of the pairs, and on
-# @ACCC@ % of those that differ in correctness. Many would start PPO with it.
+# As we can see, *weak* is not *bad*: right on 93 % of the pairs, and on
+# 98 % of those that differ in correctness. Many would start PPO with it.
 # But held-out pairs look like the pairs it was trained on, and PPO's
 # responses will soon look like nothing in them.
 
@@ -433,10 +433,11 @@ for n in (n for n in (1, 2, 4, 8, 16, 32) if n <= samples):
     )
 
 # %% [markdown]
-# As we can see, @BON@ responses to choose from lift the gold score from
-# @B1@ to @B16@ for less than two nats, with the *same* weak reward model and
+# As we can see, 16 responses to choose from lift the gold score from
+# 0.62 to 0.83 for less than two nats, with the *same* weak reward model and
 # no training at all. Each doubling buys less than the one before. Keep that
-# last number: it is hard to beat.
+# last number: it is hard to beat. (With 16 responses a prompt, SFT's 0.62
+# is also the better estimate; one response a prompt gives 0.65 below.)
 
 # %% [markdown]
 # ## 6. Two PPO runs
@@ -610,10 +611,10 @@ residual = gain - terms @ (alpha, beta)
 print_main(f"largest miss {np.abs(residual).max():.3f}")
 
 # %% [markdown]
-# Honestly: not well. The law misses by up to @MISS@. It describes runs whose
-# KL grows steadily, and this one is @KL20@ nats away by iteration 20, then
-# moves sideways: it passes a model worth @G20@ and ends at one worth
-# @GEND@, about equally far from the SFT model. Distance is the room to do
+# Honestly: not well. The law misses by up to 0.18. It describes runs whose
+# KL grows steadily, and this one is 15 nats away by iteration 20, then
+# moves sideways: it passes a model worth 0.64 and ends at one worth
+# 0.34, about equally far from the SFT model. Distance is the room to do
 # damage in, not the damage.
 
 # %% [markdown]
@@ -639,8 +640,8 @@ if launch.in_notebook():
     show(max(prompts // 6, 1))
 
 # %% [markdown]
-# Without a penalty the model refuses *everything*, politely spoken or not,
-# and the reward model loves it. Why? Look for refusals in its pairs.
+# Without a penalty the model refuses *everything*, the first word of a list
+# included, and the reward model loves it. Why? Look for refusals in its pairs.
 
 
 # %%
@@ -665,9 +666,9 @@ print_main(
 )
 
 # %% [markdown]
-# There it is. A refusal won nearly every time, and never once was a harmless
-# request refused, so nothing ever taught the reward model that this is
-# worthless. Among the pairs it is right. PPO left the pairs.
+# There it is. Refusals won 10 to 2 (one pair in ten is labelled wrongly), and
+# never once was a harmless request refused, so nothing taught the reward
+# model what that is worth. Among such pairs it is right. PPO left them.
 #
 # Which part of the gold score pays for it?
 
@@ -681,7 +682,7 @@ for name, point in table.items():
     )
 
 # %% [markdown]
-# Correctness, from @C0@ to @C1@. Being right takes a different answer to each
+# Correctness, from 0.68 to 0.09. Being right takes a different answer to each
 # prompt. Brief and harmless can be said to all of them in one sentence.
 
 # %% [markdown]
@@ -723,7 +724,7 @@ for point in free:
 
 # %% [markdown]
 # No. The EMA follows a few iterations behind: at iteration 50 it was worth
-# @E50@ where the live actor had @L50@, at the end the two are equal within
+# 0.52 where the live actor had 0.43, at the end the two are equal within
 # their intervals. An average smooths noise. It cannot undo a trend. With the
 # penalty, final and EMA cannot be told apart either.
 #
@@ -763,10 +764,10 @@ plot_curves(list(logged.values()), panels, xlabel="iteration")
 # - The **witness** does not warn. It rises with the proxy, although it never
 #   saw PPO's reward model nor its pairs: its own pairs have the same gap.
 #   Eisenstein et al. (2023) found as much for whole ensembles.
-# - **KL** says early that the walk is long, @KL20@ nats by iteration 20, but
+# - **KL** says early that the walk is long, 15 nats by iteration 20, but
 #   not where it leads.
 # - **Entropy** falls towards 0, and **distinct** responses with it, from
-#   @D0@ to @D1@. These two tell a collapse from progress.
+#   0.98 to 0.06. These two tell a collapse from progress.
 # - **Length** hardly moves. It is a warning only where length is the error.
 # - Five **samples**, read aloud, say it all. `rlhf-kit train` keeps some of
 #   every iteration in `ppo/samples.jsonl`. Read them.
