@@ -58,7 +58,9 @@ def train(args: argparse.Namespace, seed: int) -> int:
     command += ["--output-dir", str(run), "--seed", str(seed)]
     command += [word for setting in args.set for word in ("--set", setting)]
     command += ["--resume"] if args.reuse else []
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads(args))}
+    # Waiting threads must not spin: the cores may be shared with another job.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment["OMP_NUM_THREADS"] = str(threads(args))
     log, start = args.runs / f"{seed}.log", time.monotonic()
     print(f"seed {seed}: started, see {log}", flush=True)
     with open(log, "a", encoding="utf-8") as file:
