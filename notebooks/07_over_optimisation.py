@@ -761,8 +761,8 @@ panels = {
 plot_curves(list(logged.values()), panels, xlabel="iteration")
 
 # %% [markdown]
-# - The **witness** does not warn. It rises with the proxy, although it never
-#   saw PPO's reward model nor its pairs: its own pairs have the same gap.
+# - The **witness** does not warn here. It rises with the proxy, although it
+#   shares no pair with the weak model: its own pairs have the same gap.
 #   Eisenstein et al. (2023) found as much for whole ensembles.
 # - **KL** says early that the walk is long, 15 nats by iteration 20, but
 #   not where it leads.
@@ -834,7 +834,17 @@ else:
 # One seed, one weak reward model, 128 prompts, and settings chosen (on the
 # validation split) because they show the effect. The numbers in the text are
 # from two CPU cores on 2026-11-22 with the SFT model of notebook 02; another
-# thread count rounds differently, and PPO amplifies that. @SEED2@
+# thread count rounds differently, and PPO amplifies that.
+#
+# Another seed is another blind spot. With `--seed 2` and a SFT model of 1500
+# demonstrations, PPO without a penalty turned polite and wrong instead:
+# correctness fell from 0.70 to 0.38 and politeness rose to 1.00. The gold
+# score went from 0.66 over 0.77 to 0.65, greedily from 0.81 to 0.66. There
+# distinct responses stayed at 0.83, and it was the witness that warned: it
+# stood still from iteration 20 on, at half the proxy. So no single sign is
+# enough. The penalty helped there too, 0.82 against 0.65. The asserts above
+# were loosened to what both seeds show.
+#
 # The judge is a program, and the reward model's blind spot could be looked
 # up. With people, neither holds.
 #
