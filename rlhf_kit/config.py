@@ -530,7 +530,7 @@ def toy() -> RunConfig:
         reward=RewardConfig(optimizer=OptimizerConfig(learning_rate=1e-3)),
         ppo=PPOConfig(
             iterations=60,
-            kl=KLConfig(coef=0.1),
+            kl=KLConfig(coef=0.2),
             mixture=MixtureConfig(batch_ratio=0.25),
             actor_optimizer=OptimizerConfig(
                 learning_rate=1e-3,
