@@ -114,7 +114,12 @@ run = RunDirectory.open(
     ppo__mixture__kind=mixture,
     evaluation__prompts=prompts,
 )
-config = run.config
+# The toy preset's micro-batch is a whole minibatch: ranks share it.
+share = run.config.ppo.minibatch_size // distributed.world_size()
+config = override(
+    run.config,
+    ppo__micro_batch_size=min(run.config.ppo.micro_batch_size, share),
+)
 require(
     is_toy_world(config),
     f"{run_dir} has data of its own, and only the toy world has a gold "
