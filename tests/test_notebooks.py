@@ -23,7 +23,14 @@ SMOKE: dict[str, dict[str, Any]] = {
     "03_reward_model": {"rows": 256},
     "04_ppo": {"iterations": 3},
     "05_chat_and_compare": {"prompts": 16},
-    "07_over_optimisation": {},
+    "07_over_optimisation": {
+        "pairs": 64,
+        "iterations": 2,
+        "evaluate_every": 1,
+        "prompts": 16,
+        "samples": 4,
+        "demonstrations": 256,
+    },
 }
 """Small enough for a test; every notebook's own defaults are the toy preset's."""
 
