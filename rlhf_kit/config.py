@@ -524,13 +524,13 @@ def toy() -> RunConfig:
         preset="toy",
         actor_model="toy_world",
         reward_model="toy_world",
-        data=DataConfig(max_prompt_length=96, max_length=160, rows=(6000, 4000, 3840)),
+        data=DataConfig(max_prompt_length=96, max_length=160, rows=(6000, 8000, 3840)),
         generation=GenerationConfig(max_new_tokens=44),
         sft=SFTConfig(optimizer=OptimizerConfig(learning_rate=1e-3)),
         reward=RewardConfig(optimizer=OptimizerConfig(learning_rate=1e-3)),
         ppo=PPOConfig(
             iterations=60,
-            kl=KLConfig(coef=0.2),
+            kl=KLConfig(coef=0.1),
             mixture=MixtureConfig(batch_ratio=0.25),
             actor_optimizer=OptimizerConfig(
                 learning_rate=1e-3,
