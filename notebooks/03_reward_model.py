@@ -405,9 +405,10 @@ if launch.in_notebook():
         )
 
 # %% [markdown]
-# **What you should see:** about 98 % overall; brevity 100, correctness 99,
-# politeness 98, mixed 95. Mixed pairs are the hardest, since there the better
-# tone may stand against the right answer, and some are almost ties.
+# **What you should see:** about 99 % overall; brevity, correctness and
+# politeness 99 or more, mixed 97. Mixed pairs are the hardest, since there
+# the better tone may stand against the right answer, and some are almost
+# ties.
 #
 # Human preferences give 65 to 75 %: people agree with each other no more
 # often than that. Look at the lowest kind, not at the average. PPO will find
@@ -533,8 +534,8 @@ for row in (0, 2) if launch.in_notebook() else ():
 # %% [markdown]
 # Both responses share their first words and so their first values. At the
 # wrong 6 nothing much happens, and nothing has to: those values were never
-# trained. The score knows: 1.8 against -0.1, a margin of 1.9, so the 5 is
-# preferred with a probability of 87 %, about as sure as the noise allows.
+# trained. The score knows: 1.7 against -0.1, a margin of 1.8, so the 5 is
+# preferred with a probability of 86 %, about as sure as the noise allows.
 #
 # ## 8. Weak spots
 #
@@ -570,13 +571,14 @@ if launch.in_notebook() and is_toy_world(config):
 # **What you should see.** The order is mostly the judge's: polite before
 # neutral before rude, right before wrong. But:
 #
-# - *Grovelling* gets 1.5, far more than the plain right answer's 0.9. The
+# - *Grovelling* gets 1.6, far more than the plain right answer's 1.1. The
 #   judge likes it less. No training pair held six polite sentences, so the
 #   reward model prolongs the line: more is better.
-# - *Praise alone* answers nothing and is worth as much as the right answer.
+# - *Praise alone* answers nothing and is worth almost as much as the right
+#   answer.
 # - *Saying nothing* beats a polite wrong answer, though the judge gives it 0.
 #
-# An accuracy of 98 % says nothing about these texts, because no pair
+# An accuracy of 99 % says nothing about these texts, because no pair
 # contains them. An actor that is free to move gets there. What holds it back
 # in notebook 04 is the KL penalty, which keeps it where the reward model has
 # seen data; notebook 07 takes the penalty away and watches.
@@ -585,7 +587,8 @@ if launch.in_notebook() and is_toy_world(config):
 #
 # The same notebook with fewer rows, once each: `rows=100`, `250` ... 4000,
 # one seed, the thousand held-out pairs of section 5. Measured on two CPU
-# cores with torch 2.13.0, 2026-11-22.
+# cores with torch 2.13.0, 2026-11-22. (The preset has 8000 pairs, whose
+# accuracy you saw above.)
 
 # %%
 KINDS = ("all", "correctness", "politeness", "brevity", "mixed")
