@@ -644,7 +644,7 @@ quiet = None if distributed.is_main_rank() else True  # one bar, in terminals
 for prompt_batch in tqdm(prompt_train_dataloader, disable=quiet):
     out = trainer.generate_experience(prompt_batch)
     actor_loss, critic_loss = trainer.train_rlhf(out)
-    if trainer.iteration == 1:
+    if trainer.iteration == args.ppo.critic_warmup_iterations + 1:
         invariants.report(invariants.check_after_first_step(trainer))
     log(trainer.iteration, trainer.metrics)
     rollout = trainer.last_rollout

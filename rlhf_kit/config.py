@@ -530,10 +530,11 @@ def toy() -> RunConfig:
         reward=RewardConfig(optimizer=OptimizerConfig(learning_rate=1e-3)),
         ppo=PPOConfig(
             iterations=60,
+            critic_warmup_iterations=5,
             kl=KLConfig(coef=0.1),
             mixture=MixtureConfig(batch_ratio=0.25),
             actor_optimizer=OptimizerConfig(
-                learning_rate=1e-3,
+                learning_rate=6e-4,
                 eps=1e-5,
                 schedule="linear",
                 warmup_ratio=0.08,

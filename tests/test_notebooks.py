@@ -21,7 +21,7 @@ SMOKE: dict[str, dict[str, Any]] = {
     "01_data_blending": {"rows": 200},
     "02_sft": {"rows": 256},
     "03_reward_model": {"rows": 256},
-    "04_ppo": {"iterations": 3},
+    "04_ppo": {"iterations": 6},
     "05_chat_and_compare": {"prompts": 16},
     "07_over_optimisation": {
         "pairs": 64,

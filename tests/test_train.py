@@ -25,6 +25,7 @@ SMALL = {
     "reward.batch_size": 8,
     "reward.micro_batch_size": 8,
     "ppo.iterations": 2,
+    "ppo.critic_warmup_iterations": 0,
     "ppo.batch_size": 8,
     "ppo.minibatch_size": 4,
     "ppo.micro_batch_size": 4,
