@@ -108,6 +108,7 @@ run = RunDirectory.open(
     preset_name="toy",
     seed=seed,
     ppo__iterations=iterations,
+    ppo__critic_warmup_iterations=0,  # both runs move from the start
     ppo__kl__coef=kl_coef,
     ppo__actor_optimizer__learning_rate=actor_learning_rate,
     ppo__actor_optimizer__final_ratio=0.5,
