@@ -132,6 +132,7 @@ def tiny_args(model_dir: Callable[..., str], reward_dir: str) -> Callable[..., R
             "ppo__minibatch_size": 4,
             "ppo__micro_batch_size": 2,
             "ppo__iterations": 4,
+            "ppo__critic_warmup_iterations": 0,
             "ppo__epochs": 1,
             "ppo__kl__coef": 0.2,
             "ppo__actor_optimizer__learning_rate": 1e-3,
