@@ -692,12 +692,13 @@ figure if launch.in_notebook() else None
 # %% [markdown]
 # What you should see, and what trouble looks like:
 #
-# - **Score.** From about 0 up, fast at first, then slowly. *Flat:* too low a
+# - **Score.** Level while the critic alone learns (five iterations of the
+#   toy preset), then up, fast at first. *Flat:* too low a
 #   rate, or a reward model that knows nothing. *Rising without end while the
 #   text gets odd:* over-optimisation, the subject of notebook 07. The reward
 #   sum stays a little below. *It falls while the score rises:* the actor pays
 #   more KL than it gains; raise `kl_coef`.
-# - **KL.** 0 in the first iteration, then up, then level at a few nats.
+# - **KL.** 0 until the actor moves, then up, then level at a few nats.
 #   *Tens of nats:* another language. *k1 and k3 far apart for long:* a few
 #   outliers decide.
 # - **Entropy.** Falls by about half. *Near 0 after a few iterations:* one
@@ -713,7 +714,7 @@ figure if launch.in_notebook() else None
 # - **Explained variance.** From far below 0 to just above it here. The critic
 #   starts as the reward model, which was never asked about half a response.
 #   *Negative for good:* it is worse than a constant. Raise its rate, or give
-#   it a head start (`ppo.critic_warmup_iterations`).
+#   it a longer head start (`ppo.critic_warmup_iterations`).
 # - **Mixture loss.** Falls here: it counts whole dialogues, and SFT has
 #   learnt their responses alone. *Climbing:* the actor forgets; raise
 #   `ppo.mixture.ratio`.
@@ -756,7 +757,7 @@ for name, share in trainer.phases.shares().items():
 # critic, and those of the mixture loss; a scored one costs four forwards. A
 # generated token costs one, but each has to wait for the one before. So with
 # long responses and a large model on a GPU the order turns around, and
-# generation takes most of the time. Notebook 06 is about that.
+# generation takes most of the time.
 #
 # ## Checks
 
@@ -803,7 +804,7 @@ if distributed.is_main_rank():
 # ## What to read next
 #
 # Notebook 05 compares the models of this run, side by side and in numbers.
-# Notebook 06 opens the hybrid engine, 07 drives the score too far on purpose.
+# Notebook 07 drives the score too far on purpose.
 # `docs/metrics.md` explains every key that was logged. Papers: Ziegler et al.
 # 2019 and Stiennon et al. 2020 (where this recipe comes from), Ouyang et al.
 # 2022 (InstructGPT), Huang et al. 2024 (the details that decide).

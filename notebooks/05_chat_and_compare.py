@@ -594,10 +594,8 @@ if {"final", "ema"} <= found.keys():
 #     python notebooks/05_chat_and_compare.py --run_dir runs/demo
 #     rlhf-kit report runs/demo
 #     rlhf-kit chat runs/demo --checkpoint ema
-#     rlhf-kit app runs/demo
 #
 # ## What to read next
 #
-# Notebook 06 opens the hybrid engine that generated all this. Notebook 07
-# trains until the proxy score rises and the gold score falls.
+# Notebook 07 trains until the proxy score rises and the gold score falls.
 # `docs/metrics.md` explains every key of the report.
