@@ -94,6 +94,7 @@ def settings(actor: str, reward: str, case: str) -> RunConfig:
         "ppo__minibatch_size": 8,
         "ppo__micro_batch_size": 2,
         "ppo__iterations": 2,
+        "ppo__critic_warmup_iterations": 0,
         "ppo__max_approx_kl": 0.0,
         "ppo__actor_optimizer__learning_rate": 1e-4,
         **CASES[case],
