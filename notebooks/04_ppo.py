@@ -73,6 +73,8 @@ from rlhf_kit.ema import EMA
 from rlhf_kit.hybrid_engine.self_test import self_test
 from rlhf_kit.hybrid_engine.training import start_deepspeed
 from rlhf_kit.measure import weight_distance
+
+# %%
 from rlhf_kit.metrics import MetricsLog, read_metrics
 from rlhf_kit.models import resolve_model
 from rlhf_kit.plots import plot_curves
