@@ -597,6 +597,7 @@ def answers():
         )
     ]
 
+
 # %%
 before = answers() if launch.in_notebook() else []
 
