@@ -6,6 +6,7 @@ Shapes: D hidden size, L layers, V vocabulary: D = 32, L = 2, V about 300 everyw
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from rlhf_kit.rlhf_engine import RLHFEngine
 from rlhf_kit.tokenization import collate_prompts, prepare_tokenizer
 from rlhf_kit.types import Message, PreferencePair, PromptBatch
 
+# A shell's background job is started with SIGINT ignored, and its children inherit that; the
+# tests that press Ctrl-C need it back.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
