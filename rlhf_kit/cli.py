@@ -102,11 +102,12 @@ def train(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         command=shlex.join(["rlhf-kit", *sys.argv[1:]]),
     )
-    if record["finished"]:
+    was_finished = record["finished"] is not None
+    if was_finished:
         print(f"{directory} holds a finished run; its report again:", flush=True)
     elif code := pipeline.train(directory, record):
         return code
-    show_report(directory)
+    show_report(directory, written=was_finished and (directory / "report.json").is_file())
     print(f"{directory}: {pipeline.duration(pipeline.seconds_of(record))} of training in all")
     return 0
 
@@ -169,12 +170,17 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def show_report(directory: Path) -> None:
+def show_report(directory: Path, *, written: bool = False) -> None:
+    """Evaluate the run and print its report; with `written`, print the one that is there."""
     pipeline.read_record(directory)
 
-    from rlhf_kit.report import build, print_terminal
+    from rlhf_kit.report import print_terminal
 
-    print_terminal(build(directory))
+    if written:
+        from rlhf_kit.report import load as read
+    else:
+        from rlhf_kit.report import build as read
+    print_terminal(read(directory))
 
 
 def chat(arguments: argparse.Namespace) -> int:
