@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import os
+import selectors
 import shutil
 import signal
 import subprocess
@@ -108,13 +109,8 @@ def run_notebook(path: str | Path, values: Mapping[str, Any], *, log: str | Path
             stderr=subprocess.PIPE,
             env=environment,
         )
-        lock = threading.Lock()
-        tees = [
-            threading.Thread(target=_tee, args=(pipe, screen, record, lock))
-            for pipe, screen in ((child.stdout, sys.stdout), (child.stderr, sys.stderr))
-        ]
-        for tee in tees:
-            tee.start()
+        tee = threading.Thread(target=_tee, args=(child, record))
+        tee.start()
         try:
             with _passing_on_sigterm(child):
                 return child.wait()
@@ -122,8 +118,7 @@ def run_notebook(path: str | Path, values: Mapping[str, Any], *, log: str | Path
             _end(child)
             raise
         finally:
-            for tee in tees:
-                tee.join()
+            tee.join()
 
 
 def _word(name: str, value: Value) -> str:
@@ -146,20 +141,51 @@ def _script(path: Path) -> Iterator[Path]:
         yield script
 
 
-def _tee(pipe: IO[bytes], screen: IO[str], log: IO[str], lock: threading.Lock) -> None:
-    """Pass on what comes, at once; log whole lines, a progress bar as it stood at the end."""
-    decoder, line = codecs.getincrementaldecoder("utf-8")("replace"), ""
-    while chunk := pipe.read1(65536):  # type: ignore[attr-defined]
-        text = decoder.decode(chunk)
-        screen.write(text)
-        screen.flush()
-        *complete, line = (line + text).split("\n")
-        with lock:
-            log.writelines(done.rsplit("\r", 1)[-1] + "\n" for done in complete)
-            log.flush()
-    if line:
-        with lock:
-            log.write(line.rsplit("\r", 1)[-1] + "\n")
+def _tee(child: subprocess.Popen, log: IO[str]) -> None:
+    """Pass on what comes, at once; log whole lines, a progress bar as it stood at the end.
+
+    stderr is read before stdout and passed on after it, so that all that was printed before an
+    error stands before it.
+    """
+    outputs = [_Output(child.stdout, sys.stdout, log), _Output(child.stderr, sys.stderr, log)]
+    with selectors.DefaultSelector() as ready:
+        for output in outputs:
+            ready.register(output.pipe, selectors.EVENT_READ, output)
+        while ready.get_map():
+            ready.select()
+            chunks = {output: output.read() for output in reversed(outputs)}
+            for output in list(outputs):
+                if chunks[output] == b"":
+                    ready.unregister(output.pipe)
+                    outputs.remove(output)
+                if chunks[output] is not None:
+                    output.write(chunks[output])
+
+
+class _Output:
+    """One of a child's pipes, the stream it goes to, and the line it is in the middle of."""
+
+    def __init__(self, pipe: Any, screen: IO[str], log: IO[str]):
+        self.pipe, self.screen, self.log, self.line = pipe, screen, log, ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        os.set_blocking(pipe.fileno(), False)
+
+    def read(self) -> bytes | None:
+        """What has come, b"" at the end, None while there is nothing."""
+        try:
+            return os.read(self.pipe.fileno(), 65536)
+        except BlockingIOError:
+            return None
+
+    def write(self, chunk: bytes) -> None:
+        text = self.decoder.decode(chunk, final=not chunk)
+        self.screen.write(text)
+        self.screen.flush()
+        *complete, self.line = (self.line + text).split("\n")
+        if not chunk and self.line:
+            complete.append(self.line)
+        self.log.writelines(line.rsplit("\r", 1)[-1] + "\n" for line in complete)
+        self.log.flush()
 
 
 @contextlib.contextmanager
