@@ -501,11 +501,11 @@ log(len(plan), {"loss/eval": trainer.evaluate(held_out.rows)})
 log.close()
 
 # %%
-export(engine.module, tokenizer, run.path / "sft")
+export(engine.module, tokenizer, run.model("sft"))
 summary = run.finish("sft", phases, steps=len(plan))
 
 # %% [markdown]
-# The directory `sft/` is a model like any other:
+# The directory `sft/final/` is a model like any other:
 # `AutoModelForCausalLM.from_pretrained` reads it, tokenizer and chat template
 # included.
 #
@@ -617,7 +617,7 @@ if launch.in_notebook() and is_toy_world(config):
 # %%
 if launch.in_notebook():
     dtype = config.actor_engine.dtype
-    again = load_causal_lm(str(run.path / "sft"), tokenizer, dtype=dtype)
+    again = load_causal_lm(str(run.model("sft")), tokenizer, dtype=dtype)
     with torch.no_grad():
         exported = language_model_forward(again.to(engine.device), toy_batch)
     close = 1e-3 if dtype == "fp32" else 0.5
@@ -663,7 +663,7 @@ if launch.in_notebook():
 # logged are the same sums.
 #
 # **Next:** [03_reward_model](03_reward_model.ipynb) learns from pairs which
-# of these answers people prefer, and starts from `sft/`.
+# of these answers people prefer, and starts from `sft/final/`.
 #
 # **Papers:** Ouyang et al. 2022, *Training language models to follow
 # instructions with human feedback* (InstructGPT). Rajbhandari et al. 2020,

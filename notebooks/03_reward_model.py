@@ -491,7 +491,7 @@ plots.plot_length(dots) if launch.in_notebook() else None
 # %%
 mean, std = trainer.normalisation(demonstrations.rows)
 save_normalisation(scorer, mean=mean, std=std)
-export(scorer, tokenizer, run.path / "reward")
+export(scorer, tokenizer, run.model("reward"))
 summary = run.finish(
     "reward", phases, steps=len(plan), mean=mean, std=std, **accuracy
 )
@@ -625,7 +625,7 @@ plots.plot_curves(
 assert math.isfinite(mean) and std > 1e-6, "the scores are all alike"
 if launch.in_notebook():
     assert accuracy["eval/accuracy"] > 0.5, "no better than a coin"
-    again = load_scorer(str(run.path / "reward"), tokenizer)
+    again = load_scorer(str(run.model("reward")), tokenizer)
     assert again.config.score_mean == mean and again.config.score_std == std
     show("the export carries its mean and standard deviation")
 
@@ -656,7 +656,7 @@ if launch.in_notebook():
 # its own base (`init_from base`).
 #
 # **Next:** [04_ppo](04_ppo.ipynb) lets the SFT model try, scores what it
-# says with `reward/`, and makes better answers likelier.
+# says with `reward/final/`, and makes better answers likelier.
 #
 # **Papers:** Bradley and Terry 1952, *Rank analysis of incomplete block
 # designs*. Ziegler et al. 2019, *Fine-tuning language models from human

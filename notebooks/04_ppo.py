@@ -659,10 +659,10 @@ log.close()
 # directories for `AutoModelForCausalLM`.
 
 # %%
-export(engine.actor.module, tokenizer, run.path / "ppo" / "final")
+export(engine.actor.module, tokenizer, run.model("final"))
 if engine.ema is not None:
     with engine.ema.swapped_in():
-        export(engine.actor.module, tokenizer, run.path / "ppo" / "ema")
+        export(engine.actor.module, tokenizer, run.model("ema"))
 summary = run.finish("ppo", trainer.phases, iterations=trainer.iteration)
 
 # %% [markdown]

@@ -221,7 +221,7 @@ def quick_sft(rows):
 
 
 # %%
-if is_complete(run.path / "sft"):
+if is_complete(run.model("sft")):
     sft_model = run.sft_model()
 else:
     print_main(f"no SFT model in {run_dir}: training one of {demonstrations}")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Stream = Callable[..., Iterator[Any]]
 """`Decoder.stream`: (input_ids, generation, seed=...) -> tokens with an `id`."""
-CHECKPOINTS = {"sft": "sft", "final": "ppo/final", "ema": "ppo/ema"}
+ACTORS = ("sft", "final", "ema")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """What a model must not send to a terminal: escape sequences can rewrite the screen."""
 HELP = """\
@@ -128,11 +128,11 @@ class ChatSession:
 
 def find_model(directory: str | Path, checkpoint: str | None) -> Path:
     """The model directory that DIR, a model or a run, and a checkpoint's name stand for."""
-    from rlhf_kit.pipeline import read_record
+    from rlhf_kit.pipeline import EXPORTS, read_record
 
     directory = Path(directory)
     require(directory.is_dir(), f"there is no directory {directory}")
-    there = [n for n, part in CHECKPOINTS.items() if (directory / part / "config.json").is_file()]
+    there = [name for name in ACTORS if (directory / EXPORTS[name] / "config.json").is_file()]
     if (directory / "config.json").is_file():
         require(checkpoint is None, f"{directory} is one model: leave out --checkpoint")
         return directory
@@ -145,10 +145,10 @@ def find_model(directory: str | Path, checkpoint: str | None) -> Path:
     name = checkpoint or "final"
     require(
         name in there,
-        f"{directory} has no {CHECKPOINTS[name]} yet; "
+        f"{directory} has no {EXPORTS[name]} yet; "
         + (f"try --checkpoint {there[-1]}" if there else "no stage is done"),
     )
-    return directory / CHECKPOINTS[name]
+    return directory / EXPORTS[name]
 
 
 def _local(name: str) -> Path:

@@ -393,6 +393,29 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """When the whole state of training is written, so that a killed run can go on."""
+
+    every_steps: int = 0
+    """Optimiser steps (in PPO: iterations) from one to the next; 0 goes by the clock alone."""
+    every_minutes: float = 10.0
+    """Minutes from one to the next; 0 goes by steps alone."""
+    keep_last: int = 2
+    """The newest ones that are kept; at least 1."""
+    keep_best: bool = True
+    """Keep the one with the best metric of the stage as well."""
+    export_every: int = 0
+    """PPO: iterations between two exports of the actor, for the app; 0 exports at the end only."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.every_steps >= 0 and self.every_minutes >= 0 and self.export_every >= 0,
+            "checkpoint intervals must be 0 (off) or more",
+        )
+        require(self.keep_last >= 1, "checkpoint.keep_last must be at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One whole run: data, three stages, evaluation."""
 
@@ -420,6 +443,8 @@ class RunConfig:
     """Stage 3."""
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     """The report card."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Resuming."""
 
     def __post_init__(self) -> None:
         require(bool(self.actor_model), "actor_model must name a model")
@@ -549,6 +574,7 @@ def toy() -> RunConfig:
             ),
             ema=EMAConfig(decay=0.95),
         ),
+        checkpoint=CheckpointConfig(every_steps=20, every_minutes=0, export_every=20),
     )
 
 

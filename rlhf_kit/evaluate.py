@@ -39,7 +39,7 @@ from rlhf_kit.models import (
     response_logits,
     saved_normalisation,
 )
-from rlhf_kit.pipeline import read_record
+from rlhf_kit.pipeline import EXPORTS, read_record
 from rlhf_kit.results import COMPARISONS, MODELS, SEED, describe_reward_model, summarise
 from rlhf_kit.reward import last_token_scores
 from rlhf_kit.tokenization import (
@@ -93,7 +93,8 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test") -> dict[str, Any]:
     else:
         held_out = blend_data(config, tokenizer)
     prompts = prompt_batches(tokenizer, held_out.prompts)
-    scorer = Scorer(run / "reward", config, tokenizer) if is_complete(run / "reward") else None
+    reward = run / EXPORTS["reward"]
+    scorer = Scorer(reward, config, tokenizer) if is_complete(reward) else None
     sft = _load_actor(directories["sft"], tokenizer, config)
 
     rows = config.ppo.micro_batch_size
@@ -139,7 +140,7 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test") -> dict[str, Any]:
 
 def model_directories(run: Path, config: RunConfig) -> dict[str, str]:
     """Name -> directory (or hub name) of the models that exist."""
-    exports = {"sft": run / "sft", "final": run / "ppo" / "final", "ema": run / "ppo" / "ema"}
+    exports = {name: run / EXPORTS[name] for name in ("sft", "final", "ema")}
     found = {name: str(path) for name, path in exports.items() if is_complete(path)}
     return {"base": config.actor_model} | found
 

@@ -1,7 +1,7 @@
 """A run: the notebooks of the three stages in order, and run.json, its record.
 
     DIR/run.json                    configuration, versions, commit, seed, times
-    DIR/{sft,reward,ppo/final}      what the stages export; export.json says that it is whole
+    DIR/<stage>/final, DIR/ppo/ema  what the stages export; export.json says that it is whole
     DIR/logs/NN_name.log            all that a notebook printed
 
 There is no second copy of a step here: `train` runs the files in `notebooks/` as scripts.
@@ -27,10 +27,12 @@ from typing import Any
 from rlhf_kit import __version__
 from rlhf_kit.config import PRESETS, from_dict, override, preset, require
 
+EXPORTS = {"sft": "sft/final", "reward": "reward/final", "final": "ppo/final", "ema": "ppo/ema"}
+"""The models that a run ends with, by name, and where they lie in its directory."""
 STAGES = (
-    ("02_sft", "sft/export.json"),
-    ("03_reward_model", "reward/export.json"),
-    ("04_ppo", "ppo/final/export.json"),
+    ("02_sft", f"{EXPORTS['sft']}/export.json"),
+    ("03_reward_model", f"{EXPORTS['reward']}/export.json"),
+    ("04_ppo", f"{EXPORTS['final']}/export.json"),
 )
 """The notebooks, in order, and the file by which each says that it is done."""
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"

@@ -1,8 +1,8 @@
 """Where a run keeps its things, and what a notebook starts from.
 
 DIR/run.json               the configuration, when `rlhf-kit train` started the run
-DIR/sft                    the SFT model           DIR/sft/metrics.jsonl, summary.json
-DIR/reward                 the reward model        DIR/reward/metrics.jsonl, summary.json
+DIR/sft/final              the SFT model           DIR/sft/metrics.jsonl, summary.json
+DIR/reward/final           the reward model        DIR/reward/metrics.jsonl, summary.json
 DIR/ppo/final, DIR/ppo/ema the actor, its average  DIR/ppo/metrics.jsonl, summary.json
 """
 
@@ -19,7 +19,7 @@ from rlhf_kit.checkpoint import is_complete
 from rlhf_kit.config import RunConfig, from_dict, override, preset
 from rlhf_kit.launch import ROOT, in_notebook
 from rlhf_kit.metrics import Phases
-from rlhf_kit.pipeline import read_record, write_json
+from rlhf_kit.pipeline import EXPORTS, read_record, write_json
 from rlhf_kit.types import Stage
 
 
@@ -61,13 +61,17 @@ class RunDirectory:
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
+    def model(self, name: str) -> Path:
+        """Where the export `sft`, `reward`, `final` or `ema` lies, or is to be written."""
+        return self.path / EXPORTS[name]
+
     def sft_model(self) -> str:
         """The SFT model of this run, or the base model, said aloud, where there is none yet."""
-        return self._model_or_base(self.path / "sft", self.config.actor_model, "SFT")
+        return self._model_or_base(self.model("sft"), self.config.actor_model, "SFT")
 
     def scorer(self) -> str:
         """The reward model of this run, or its base with an untrained head, said aloud."""
-        return self._model_or_base(self.path / "reward", self.config.reward_model, "reward")
+        return self._model_or_base(self.model("reward"), self.config.reward_model, "reward")
 
     def _model_or_base(self, directory: Path, base: str, name: str) -> str:
         if is_complete(directory):

@@ -188,17 +188,18 @@ def test_what_left_the_context_is_said(tokenizer, capsys):
 
 def test_a_runs_models_are_found_by_name(tmp_path: Path):
     (tmp_path / "run.json").write_text("{}")
-    for part in ("sft", "ppo/final"):
+    for part in ("sft/final", "ppo/final"):
         (tmp_path / part).mkdir(parents=True)
         (tmp_path / part / "config.json").write_text("{}")
     assert find_model(tmp_path, None) == tmp_path / "ppo" / "final"
-    assert find_model(tmp_path, "sft") == find_model(tmp_path / "sft", None) == tmp_path / "sft"
+    assert find_model(tmp_path, "sft") == tmp_path / "sft" / "final"
     with pytest.raises(ValueError, match="has no ppo/ema yet; try --checkpoint final"):
         find_model(tmp_path, "ema")
     with pytest.raises(ValueError, match="is one model: leave out --checkpoint"):
-        find_model(tmp_path / "sft", "ema")
+        find_model(tmp_path / "sft" / "final", "ema")
     (tmp_path / "run.json").unlink()  # notebooks run by hand leave none
-    assert find_model(tmp_path, "sft") == tmp_path / "sft"
+    sft = find_model(tmp_path, "sft")
+    assert find_model(sft, None) == sft
     with pytest.raises(ValueError, match="holds neither a model"):
         find_model(tmp_path / "ppo", None)
 

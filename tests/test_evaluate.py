@@ -62,12 +62,11 @@ def run_dir(tmp_path_factory):
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    for name, seed in (("base", 0), ("sft", 0), ("ppo/ema", 0), ("ppo/final", 1)):
-        (run / name).parent.mkdir(exist_ok=True)
+    for name, seed in (("base", 0), ("sft/final", 0), ("ppo/ema", 0), ("ppo/final", 1)):
         export(llama(LlamaForCausalLM, seed), tokenizer, run / name)
     scorer = llama(LlamaForSequenceClassification, 2, num_labels=1)
     scorer.config.score_mean, scorer.config.score_std = 1.0, 2.0
-    export(scorer, tokenizer, run / "reward")
+    export(scorer, tokenizer, run / "reward" / "final")
     config = dataclasses.replace(
         preset("toy"),
         actor_model=str(run / "base"),

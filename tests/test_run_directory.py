@@ -42,17 +42,17 @@ def test_missing_models_are_replaced_aloud(tmp_path: Path, capsys: pytest.Captur
     args = run.args()
     assert (args.actor_model, args.reward_model) == ("toy_world", "toy_world")
     said = capsys.readouterr().out
-    assert f"no SFT model in {tmp_path / 'sft'}: using toy_world instead" in said
-    assert f"no reward model in {tmp_path / 'reward'}: using toy_world instead" in said
+    assert f"no SFT model in {tmp_path / 'sft' / 'final'}: using toy_world instead" in said
+    assert f"no reward model in {tmp_path / 'reward' / 'final'}: using toy_world instead" in said
 
 
 def test_finished_models_are_used_and_unfinished_ones_are_not(tmp_path: Path):
-    sft = finished(tmp_path / "sft")
-    (tmp_path / "reward").mkdir()
-    (tmp_path / "reward" / "model.safetensors").write_bytes(b"half")
+    sft = finished(tmp_path / "sft" / "final")
+    (tmp_path / "reward" / "final").mkdir(parents=True)
+    (tmp_path / "reward" / "final" / "model.safetensors").write_bytes(b"half")
     args = RunDirectory.open(tmp_path, preset_name="toy").args()
     assert (args.actor_model, args.reward_model) == (sft, "toy_world")
-    reward = finished(tmp_path / "other" / "reward")
+    reward = finished(tmp_path / "other" / "reward" / "final")
     assert RunDirectory.open(tmp_path / "other", preset_name="toy").args().reward_model == reward
 
 

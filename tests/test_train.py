@@ -39,7 +39,7 @@ import sys, json, torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 run = sys.argv[1]
 result = {}
-for name in ("sft", "ppo/final", "ppo/ema"):
+for name in ("sft/final", "ppo/final", "ppo/ema"):
     tokenizer = AutoTokenizer.from_pretrained(f"{run}/{name}")
     model = AutoModelForCausalLM.from_pretrained(f"{run}/{name}")
     text = tokenizer.apply_chat_template(
@@ -47,7 +47,7 @@ for name in ("sft", "ppo/final", "ppo/ema"):
     result[name] = text
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     assert torch.isfinite(model(ids).logits).all()
-scorer = AutoModelForSequenceClassification.from_pretrained(f"{run}/reward", num_labels=1)
+scorer = AutoModelForSequenceClassification.from_pretrained(f"{run}/reward/final", num_labels=1)
 assert scorer(ids).logits.shape == (1, 1)
 assert scorer.config.score_std > 0
 assert "rlhf_kit" not in sys.modules
