@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ from rlhf_kit.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from rlhf_kit.hybrid_engine.decode import Decoder
 
 Stream = Callable[..., Iterator[Any]]
 """`Decoder.stream`: (input_ids, generation, seed=...) -> tokens with an `id`."""
@@ -141,7 +143,7 @@ def find_model(directory: str | Path, checkpoint: str | None) -> Path:
         f"{directory} holds neither a model (config.json) nor a run (run.json)",
     )
     if checkpoint == "base":
-        return _local(read_record(directory)["config"]["actor_model"])
+        return local_model(read_record(directory)["config"]["actor_model"])
     name = checkpoint or "final"
     require(
         name in there,
@@ -151,7 +153,7 @@ def find_model(directory: str | Path, checkpoint: str | None) -> Path:
     return directory / EXPORTS[name]
 
 
-def _local(name: str) -> Path:
+def local_model(name: str) -> Path:
     """The directory of a base model, without asking the network for it."""
     from huggingface_hub import snapshot_download
 
@@ -166,10 +168,18 @@ def _local(name: str) -> Path:
         raise ValueError(f"the base model {name} is not on this machine") from error
 
 
-def load_session(
-    directory: Path, *, generation: GenerationConfig, seed: int, system: str
-) -> ChatSession:
-    """A session with the model in `directory`; ValueError where it is not one."""
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, ready to answer."""
+
+    tokenizer: PreTrainedTokenizerFast
+    decoder: Decoder
+    context: int
+    """Tokens that prompt and answer may take together."""
+
+
+def load_model(directory: Path) -> LoadedModel:
+    """The model in `directory` on this process' device; ValueError where it is not one."""
     from rlhf_kit.distributed import local_device
     from rlhf_kit.hybrid_engine.decode import Decoder
     from rlhf_kit.models import load_causal_lm
@@ -190,10 +200,18 @@ def load_session(
     decoder = Decoder(model, eos_token_ids=eos, pad_token_id=tokenizer.pad_token_id)
     limits = [tokenizer.model_max_length]
     limits.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+    return LoadedModel(tokenizer, decoder, min(limits))
+
+
+def load_session(
+    directory: Path, *, generation: GenerationConfig, seed: int, system: str
+) -> ChatSession:
+    """A session with the model in `directory`; ValueError where it is not one."""
+    loaded = load_model(directory)
     return ChatSession(
-        tokenizer,
-        decoder.stream,
-        context=min(limits),
+        loaded.tokenizer,
+        loaded.decoder.stream,
+        context=loaded.context,
         generation=generation,
         seed=seed,
         system=system,
