@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kit import distributed
-from rlhf_kit.config import EMAConfig
+from rlhf_kit.config import EMAConfig, require
 from rlhf_kit.functional import ema_decay
+from rlhf_kit.hybrid_engine.partitions import shard
+from rlhf_kit.training_state import Fragment, State
 
 
 def _local(parameter: nn.Parameter) -> Tensor:
@@ -30,7 +32,9 @@ class EMA:
         """Starts at the current weights. `module` must already be under its engine."""
         self.config = config
         self.updates = 0
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._names = [name for name, _ in trained]
+        self._parameters = [p for _, p in trained]
         self._averages = [_local(p).detach().float().clone() for p in self._parameters]
 
     @torch.no_grad()
@@ -71,11 +75,30 @@ class EMA:
                 for parameter, tensor in zip(self._parameters, kept, strict=True):
                     _local(parameter).copy_(tensor)
 
-    def state_dict(self) -> dict[str, object]:
-        """The averages of this rank and the update count, for resuming on as many ranks."""
-        return {"updates": self.updates, "averages": self._averages}
+    def state(self) -> State:
+        """The averages in fp32 and the update count; all ranks must call it."""
+        averages = {}
+        for name, parameter, average in self._named():
+            shape, start, length = shard(parameter)
+            # Whole weights are averaged alike on all ranks; the main one hands them over.
+            if length and (hasattr(parameter, "ds_id") or distributed.is_main_rank()):
+                averages[name] = Fragment(average.view(-1)[:length], start, shape)
+        return {"averages": averages, "updates": self.updates}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state(self, state: State) -> None:
+        """Go on from a state, of any number of ranks and ZeRO stage."""
+        for name, parameter, average in self._named():
+            shape, start, length = shard(parameter)
+            stored = state["averages"].get(name)
+            require(
+                stored is not None and tuple(stored.shape) == shape,
+                f"the checkpoint has no average of {name}; resume with the model and the LoRA "
+                "settings of the run that saved it",
+            )
+            assert stored is not None
+            if length:
+                average.view(-1)[:length].copy_(stored.read(start, length))
         self.updates = state["updates"]
-        for average, saved in zip(self._averages, state["averages"], strict=True):
-            average.copy_(saved)
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        return zip(self._names, self._parameters, self._averages, strict=True)

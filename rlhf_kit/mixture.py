@@ -21,6 +21,7 @@ from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.rlhf_engine import RLHFEngine
 from rlhf_kit.sft import language_model_forward
 from rlhf_kit.tokenization import Encoded, SFTBatch, collate_sft
+from rlhf_kit.training_state import State
 
 MEASURE_EVERY = 10
 """Optimiser steps between two measurements of the gradient norms."""
@@ -124,3 +125,10 @@ class MixtureLoss:
             "mixture/loss": float(distributed.all_sum(total)),
             "mixture/coef": self.weight,
         }
+
+    def state(self) -> State:
+        """How many batches were drawn, which decides the next one, and the weight of now."""
+        return {"steps": self.steps, "weight": self.weight}
+
+    def load_state(self, state: State) -> None:
+        self.steps, self.weight = state["steps"], state["weight"]

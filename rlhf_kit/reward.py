@@ -19,6 +19,7 @@ from rlhf_kit.functional import pairwise_loss
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.models import ValueModel
 from rlhf_kit.tokenization import Encoded, EncodedPair, collate_pairs, collate_scored
+from rlhf_kit.training_state import State
 
 
 def last_token_scores(values: Tensor, last_index: Tensor) -> Tensor:
@@ -137,3 +138,10 @@ class RewardTrainer:
             parts.append(last_token_scores(values, batch.last_index))
         scores = torch.cat(parts).double()
         return float(scores.mean()), max(float(scores.std(unbiased=False)), 1e-6)
+
+    def state(self) -> State:
+        """The engine's; which pairs come next follows from its steps."""
+        return {"engine": self.engine.state()}
+
+    def load_state(self, state: State) -> None:
+        self.engine.load_state(state["engine"])

@@ -16,6 +16,7 @@ from rlhf_kit.functional import language_model_loss
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.models import position_ids
 from rlhf_kit.tokenization import Encoded, SFTBatch, collate_sft
+from rlhf_kit.training_state import State
 
 
 def language_model_forward(model: Callable[..., Any], batch: SFTBatch) -> torch.Tensor:
@@ -83,3 +84,10 @@ class SFTTrainer:
                 logits, batch.input_ids, batch.loss_mask, denominator=tokens
             )
         return float(distributed.all_sum(total))
+
+    def state(self) -> State:
+        """The engine's; which rows come next follows from its steps."""
+        return {"engine": self.engine.state()}
+
+    def load_state(self, state: State) -> None:
+        self.engine.load_state(state["engine"])

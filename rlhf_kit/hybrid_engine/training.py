@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kit import distributed
-from rlhf_kit.config import EngineConfig, OptimizerConfig
+from rlhf_kit.config import EngineConfig, OptimizerConfig, require
 from rlhf_kit.deepspeed_config import deepspeed_config
 from rlhf_kit.functional import learning_rate_scale
+from rlhf_kit.hybrid_engine import gradients
+from rlhf_kit.hybrid_engine.partitions import (
+    Part,
+    adam_state,
+    optimizer_parts,
+    publish_masters,
+)
+from rlhf_kit.training_state import Fragment, State
 
 
 def start_deepspeed() -> None:
@@ -62,6 +71,8 @@ class StepInfo:
     """The rate it used."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
+    applied: bool = True
+    """False where the gradient was not finite: weights and optimiser are as they were."""
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -75,6 +86,10 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+MASTERS = ("weights", "exp_avg", "exp_avg_sq")
+"""What is saved of every trained parameter, in fp32: the weight itself, and AdamW's moments."""
 
 
 class TrainingEngine:
@@ -135,6 +150,8 @@ class TrainingEngine:
                 self.deepspeed.module.parameters(), self.optimizer_config.max_grad_norm
             )
         )
+        if not math.isfinite(self._grad_norm):
+            self.deepspeed.zero_grad()  # AdamW passes over weights without a gradient
 
     @property
     def module(self) -> nn.Module:
@@ -160,8 +177,19 @@ class TrainingEngine:
         # DeepSpeed averages gradients over ranks; our denominators already count all of them.
         self.deepspeed.backward(loss * distributed.world_size(), scale_wrt_gas=False)
 
+    def gradients_finite(self) -> bool:
+        """Whether this rank's part of what `backward` has added is free of NaN and infinity."""
+        return gradients.are_finite(self.deepspeed)
+
+    def drop_gradients(self) -> None:
+        """Forget what `backward` has added since the last step; all ranks must call it."""
+        gradients.drop(self.deepspeed)
+
     def step(self) -> StepInfo:
-        """One optimiser step over all that was added by `backward` since the last one."""
+        """One optimiser step over all that was added by `backward` since the last one.
+
+        Where its norm is not finite nothing moves and the schedule waits: `applied` is False.
+        """
         rate = self.optimizer_config.learning_rate * learning_rate_scale(
             self.steps_done,
             total=self.total_steps,
@@ -172,6 +200,61 @@ class TrainingEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.deepspeed.step()
-        self.steps_done += 1
-        norm = self._grad_norm if self._plain else self.deepspeed.get_global_grad_norm()
-        return StepInfo(learning_rate=rate, grad_norm=float(norm))
+        norm = float(self._grad_norm if self._plain else self.deepspeed.get_global_grad_norm())
+        applied = math.isfinite(norm)
+        self.steps_done += applied
+        return StepInfo(learning_rate=rate, grad_norm=norm, applied=applied)
+
+    def state(self) -> State:
+        """Trained weights in fp32, AdamW's moments and counts; all ranks must call it.
+
+        Frozen weights are not in it: they come from the directory that the module came from.
+        Nor is anything else of DeepSpeed's: without loss scaling and with accumulation of our
+        own, its counters only serve its log.
+        """
+        state: State = {key: {} for key in MASTERS}
+        steps: set[int] = set()
+        for part in self._parts():
+            adam = adam_state(self._adamw, part.master)
+            steps.add(int(adam["step"]))
+            # Without ZeRO all ranks hold the same; the main one hands it over.
+            if part.length and (not self._plain or distributed.is_main_rank()):
+                for key, tensor in self._masters(part).items():
+                    state[key][part.name] = Fragment(tensor, part.start, part.shape)
+        assert len(steps) == 1, f"AdamW took {steps} steps on different weights"
+        return {**state, "adam_steps": steps.pop(), "steps_done": self.steps_done}
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state, of any number of ranks and ZeRO stage; all ranks must call it.
+
+        ValueError where it belongs to a model with other trained weights.
+        """
+        parts = self._parts()
+        saved = {name: tuple(stored.shape) for name, stored in state["weights"].items()}
+        ours = {part.name: part.shape for part in parts}
+        differ = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]
+        require(
+            not differ,
+            f"the checkpoint's trained weights are not this model's, {differ[:1]} first; resume "
+            "with the model and the LoRA settings of the run that saved it",
+        )
+        for part in parts:
+            for key, tensor in self._masters(part).items():
+                if part.length:
+                    tensor.copy_(state[key][part.name].read(part.start, part.length))
+            adam_state(self._adamw, part.master)["step"].fill_(state["adam_steps"])
+        publish_masters(self.optimizer)
+        self.steps_done = state["steps_done"]
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        return self.optimizer if self._plain else self.optimizer.optimizer
+
+    def _parts(self) -> list[Part]:
+        return optimizer_parts(self.module, self.optimizer)
+
+    def _masters(self, part: Part) -> dict[str, Tensor]:
+        """[length] views of the fp32 weight and both moments of a part, by MASTERS."""
+        adam = adam_state(self._adamw, part.master)
+        buffers = (part.master, adam["exp_avg"], adam["exp_avg_sq"])
+        return {key: part.of(buffer) for key, buffer in zip(MASTERS, buffers, strict=True)}
