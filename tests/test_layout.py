@@ -16,7 +16,7 @@ LIBRARY = ROOT / "rlhf_kit"
 # One line a rank. A file imports what stands above it, or before it on its own line.
 RANKS = [
     "config distributed functional types integrity training_state",
-    "parameters statistics toy_world datasets blending tokenization metrics plots",
+    "parameters statistics trust toy_world datasets blending tokenization metrics plots",
     "models deepspeed_config",
     "hybrid_engine checkpoint ema",
     "sft reward rlhf_engine rollout mixture",
