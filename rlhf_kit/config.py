@@ -416,6 +416,96 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LimitConfig:
+    """A metric that must not stay outside [low, high]; None leaves an end open."""
+
+    policy: Literal["off", "warn", "roll_back", "stop"] = "warn"
+    """What follows; `roll_back` loads the last checkpoint and goes on with new prompts."""
+    low: float | None = None
+    """Smallest healthy value."""
+    high: float | None = None
+    """Largest healthy value."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.low is None or self.high is None or self.low <= self.high,
+            f"a limit's low, {self.low}, must not be above its high, {self.high}",
+        )
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """What to do about faults while training; docs/faults.md explains each."""
+
+    nonfinite: Literal["skip", "roll_back", "stop"] = "skip"
+    """NaN or infinity: leave the minibatch out, go back to the last checkpoint, or stop."""
+    nonfinite_in_a_row: int = 4
+    """After more minibatches left out in a row than this: roll back."""
+    roll_backs: int = 1
+    """Times a stage may go back to a checkpoint; after that it stops."""
+    out_of_memory: Literal["halve", "stop"] = "halve"
+    """Repeat with half the slots or half the micro-batch, down to one row; or stop."""
+    window: int = 5
+    """Iterations in a row that a metric has to be outside its limits."""
+    kl: LimitConfig = LimitConfig("roll_back", high=100.0)
+    """objective/kl, nats a response."""
+    ratio: LimitConfig = LimitConfig("roll_back", low=0.5, high=2.0)
+    """policy/ratio_mean."""
+    entropy: LimitConfig = LimitConfig("warn", low=0.02)
+    """objective/entropy, nats a token."""
+    length: LimitConfig = LimitConfig("warn", low=2.0)
+    """response/length, tokens, the EOS included."""
+    truncated: LimitConfig = LimitConfig("warn", high=0.9)
+    """response/truncated_rate, the share of responses that run into max_new_tokens."""
+    empty: LimitConfig = LimitConfig("roll_back", high=0.5)
+    """response/empty_rate, the share of responses without a token before their EOS."""
+    score_spread: LimitConfig = LimitConfig("warn", low=1e-4)
+    """objective/score_std: where all scores are equal there is nothing to learn."""
+    distinct: LimitConfig = LimitConfig("warn", low=0.2)
+    """response/distinct_rate, the share of different responses among a batch's."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.nonfinite in ("skip", "roll_back", "stop"),
+            "faults.nonfinite must be skip, roll_back or stop",
+        )
+        require(
+            self.nonfinite_in_a_row >= 0 and self.roll_backs >= 0,
+            "faults.nonfinite_in_a_row and faults.roll_backs must be 0 or more",
+        )
+        require(self.window >= 1, "faults.window must be at least 1")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Watches whether PPO learns to please the reward model rather than to answer well."""
+
+    reward_model: str | None = None
+    """Directory of a held-out reward model, that PPO never sees; None does without."""
+    every: int = 2
+    """Iterations between two scorings of the rollout by the held-out reward model."""
+    window: int = 10
+    """Measurements that are compared, the later half with the earlier one; even."""
+    noise: float = 3.0
+    """Standard errors by which the halves must differ to count as risen or fallen."""
+    correlation: float = 0.5
+    """A correlation of score and length, or score and repetition, that climbs above this warns."""
+    policy: Literal["off", "warn", "roll_back", "stop"] = "warn"
+    """What follows a warning."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "monitor.every must be at least 1")
+        require(
+            self.window >= 4 and self.window % 2 == 0,
+            "monitor.window must be an even number, at least 4",
+        )
+        require(
+            self.noise > 0 and 0 < self.correlation <= 1,
+            "monitor.noise must be positive and monitor.correlation lie in (0, 1]",
+        )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One whole run: data, three stages, evaluation."""
 
@@ -445,6 +535,10 @@ class RunConfig:
     """The report card."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Resuming."""
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    """What to do when something breaks."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """Reward hacking."""
 
     def __post_init__(self) -> None:
         require(bool(self.actor_model), "actor_model must name a model")

@@ -30,7 +30,8 @@ def deepspeed_config(engine: EngineConfig, *, max_grad_norm: float) -> dict[str,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": max_grad_norm,
-        "bf16": {"enabled": engine.dtype == "bf16"},
+        # A gradient that is not finite is never applied, in bf16 either.
+        "bf16": {"enabled": engine.dtype == "bf16", "check_grad_overflow": True},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # With offload, DeepSpeed would insist on a CPU Adam that needs a compiler.

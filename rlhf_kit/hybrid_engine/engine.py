@@ -59,5 +59,11 @@ class HybridEngine(TrainingEngine):
             return
         from deepspeed.runtime.zero import unwrap_model_for_generation
 
+        raised: Exception | None = None
         with unwrap_model_for_generation(self.deepspeed):
-            yield
+            try:
+                yield
+            except Exception as error:  # DeepSpeed puts its hooks back at a regular end alone
+                raised = error
+        if raised is not None:
+            raise raised
