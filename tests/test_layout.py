@@ -16,7 +16,9 @@ LIBRARY = ROOT / "rlhf_kit"
 # One line a rank. A file imports what stands above it, or before it on its own line.
 RANKS = [
     "config distributed functional types integrity training_state",
-    "parameters statistics trust toy_world datasets blending tokenization metrics plots",
+    "parameters statistics trust toy_world row_schemas hub_datasets data_files datasets "
+    "batch_order row_store blending split_manifest chat_template encoded_cache encoded_rows "
+    "tokenization metrics plots",
     "models deepspeed_config",
     "hybrid_engine checkpoint ema",
     "sft reward rlhf_engine rollout mixture",
