@@ -7,17 +7,21 @@ therefore never trains one stage and judges another.
 
 from __future__ import annotations
 
-import hashlib
+import heapq
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from random import Random
 
+from rlhf_kit.batch_order import epoch_order as epoch_order
+from rlhf_kit.batch_order import fingerprint
+from rlhf_kit.batch_order import length_bucketed_batches as length_bucketed_batches
 from rlhf_kit.config import DataConfig, SourceConfig
-from rlhf_kit.datasets import TOY_WORLD, NotForThisStage, Report, load_source
+from rlhf_kit.datasets import TOY_WORLD, NotForThisStage, Report, load_source, stream_source
 from rlhf_kit.distributed import derive_seed, print_main
+from rlhf_kit.row_store import BlendedRows, RowStore
 from rlhf_kit.types import STAGES, PreferencePair, Stage
 
 TOY_CHUNK = 2048
@@ -43,17 +47,38 @@ def held_out(prompt_id: str, eval_share: float) -> bool:
     return int(prompt_id[13:], 16) / 16 ** len(prompt_id[13:]) < eval_share
 
 
-def interleave(sizes: Sequence[int], weights: Sequence[float]) -> Iterable[tuple[int, int]]:
+def interleave(
+    sizes: Sequence[int], weights: Sequence[float], repeats: Sequence[int] | None = None
+) -> Iterable[tuple[int, int]]:
     """(source, row) of every row of every source, so that each prefix has the weights' shares.
 
     At each step the source furthest behind its share gives its next row. A source that runs out
-    ends its part, and the others go on in their proportions: no row is repeated.
+    ends its part, and the others go on in their proportions: no row is repeated. With `repeats`
+    a source that has run out begins anew, up to so many passes in all, for as long as another
+    source still has rows that have not come yet.
     """
+    passes = [1] * len(sizes) if repeats is None else repeats
     taken = [0] * len(sizes)
-    while left := [i for i, size in enumerate(sizes) if taken[i] < size]:
-        source = min(left, key=lambda i: ((taken[i] + 1) / weights[i], i))
-        yield source, taken[source]
+    fresh = sum(size > 0 for size in sizes)
+    due = [(1 / weights[i], i) for i, size in enumerate(sizes) if size]
+    heapq.heapify(due)
+    while fresh:
+        _, source = due[0]
+        yield source, taken[source] % sizes[source]
         taken[source] += 1
+        fresh -= taken[source] == sizes[source]
+        if taken[source] < sizes[source] * passes[source]:
+            heapq.heapreplace(due, ((taken[source] + 1) / weights[source], source))
+        else:
+            heapq.heappop(due)
+
+
+def tempered(weights: Sequence[float], temperature: float) -> list[float]:
+    """weights ** (1 / T): above 1 flattens the shares, towards 0 the largest takes all."""
+    if temperature == 1:
+        return list(weights)
+    largest = max(weights, default=1.0)  # quotients up to 1 cannot overflow
+    return [max((weight / largest) ** (1 / temperature), 1e-200) for weight in weights]
 
 
 @dataclass(frozen=True)
@@ -61,29 +86,32 @@ class _Part:
     """What one source has for one stage, in a shuffled order."""
 
     source: SourceConfig
-    train: list[PreferencePair]
-    held_out: list[PreferencePair]
+    train: Sequence[PreferencePair]
+    held_out: Sequence[PreferencePair]
     report: Report
 
 
 @dataclass(frozen=True)
 class _StageRows:
     parts: list[_Part]
+    weights: list[float]
+    """Of the parts, with the temperature in them."""
     shares: list[float]
     """The share of `train` that each part gave."""
     unfit: list[str]
     """Names of the sources that lack a column this stage needs."""
-    train: tuple[PreferencePair, ...]
-    evaluation: tuple[PreferencePair, ...]
+    train: BlendedRows
+    evaluation: BlendedRows
 
 
 class Blend:
     """The rows of the three stages: `blend["sft"]`, `blend["reward"]`, `blend["ppo"]`.
 
     Each is a sequence of `PreferencePair` that depends on the configuration and the seed alone,
-    read when first asked for. A source's weight is its share of the blend. Without a cap
-    (`DataConfig.rows`) every row is there once, so that a source that runs out falls short of
-    its share; `manifest` says what was realised, and a line is printed.
+    read when first asked for; its rows may be more than memory holds (row_store.py). A source's
+    weight is its share of the blend. Without a cap (`DataConfig.rows`) every row is there once,
+    or as often as `SourceConfig.repeat` allows, so that a source that runs out falls short of its
+    share; `manifest` says what was realised, and a line is printed.
     """
 
     def __init__(self, config: DataConfig, seed: int):
@@ -114,6 +142,7 @@ class Blend:
             "seed": self.seed,
             "split": dict(zip(STAGES, self.config.split, strict=True)),
             "eval_share": self.config.eval_share,
+            "temperature": self.config.temperature,
             "stages": {stage: self._describe(rows) for stage, rows in self._stages.items()},
         }
 
@@ -130,6 +159,7 @@ class Blend:
                 {
                     "name": part.source.name,
                     "weight": part.source.weight,
+                    "repeat": part.source.repeat,
                     "rows": round(share * len(rows.train)),
                     "share": share,
                     "available": len(part.train),
@@ -161,41 +191,43 @@ class Blend:
                     raise
                 print_main(f"{error}: it gives this stage no rows")
                 unfit.append(source.name)
-        weights = [part.source.weight for part in parts]
-        every = interleave([len(part.train) for part in parts], weights)
-        order = list(islice(every, self.config.rows[index] or None))
-        if not order:
+        weights = tempered([part.source.weight for part in parts], self.config.temperature)
+        repeats = [part.source.repeat for part in parts]
+        every = interleave([len(part.train) for part in parts], weights, repeats)
+        train = _blended([part.train for part in parts], every, self.config.rows[index] or None)
+        if not len(train):
             raise ValueError(
                 f"no rows are left for stage {stage}: give more data, or raise its share in "
                 "data.split"
             )
-        counts = Counter(i for i, _ in order)
-        held_out = list(interleave([len(part.held_out) for part in parts], weights))
+        counts = Counter(train.sources)
+        every = interleave([len(part.held_out) for part in parts], weights)
+        evaluation = _blended([part.held_out for part in parts], every)
         # A cap on the training rows caps the others in proportion.
-        most = math.ceil(len(held_out) * len(order) / sum(len(part.train) for part in parts))
+        there = sum(len(part.train) for part in parts)
         rows = _StageRows(
             parts,
-            [counts[i] / len(order) for i in range(len(parts))],
+            weights,
+            [counts[i] / len(train) for i in range(len(parts))],
             unfit,
-            tuple(parts[i].train[row] for i, row in order),
-            tuple(parts[i].held_out[row] for i, row in held_out[:most]),
+            train,
+            evaluation[: math.ceil(len(evaluation) * len(train) / there)],
         )
         _print_drift(rows, stage)
         return rows
 
     def _read_source(self, source: SourceConfig, stage: Stage, seed: int) -> _Part:
         """One pass over a file or dataset; the rows of this stage's split, shuffled."""
-        rows = load_source(source, stage)
-        train: list[PreferencePair] = []
-        evaluation: list[PreferencePair] = []
-        for pair in rows.pairs:
+        report = Report(source.name)
+        train, evaluation = RowStore(source.name), RowStore(source.name)
+        for pair in stream_source(source, stage, report):
             prompt_id = pair.prompt_id
             if split_of(prompt_id, self.config.split) == stage:
                 is_held_out = held_out(prompt_id, self.config.eval_share)
                 (evaluation if is_held_out else train).append(pair)
-        Random(seed).shuffle(train)
-        Random(seed).shuffle(evaluation)
-        return _Part(source, train[: source.max_rows], evaluation, rows.report)
+        train.shuffle(seed, source.max_rows)
+        evaluation.shuffle(seed)
+        return _Part(source, train, evaluation, report)
 
     def _draw_toy(self, source: SourceConfig, stage: Stage, seed: int) -> _Part:
         """Draw until enough prompts fall into this stage's split."""
@@ -223,61 +255,22 @@ class Blend:
         return _Part(source, train[: min(caps)], list(evaluation), report)
 
 
+def _blended(
+    parts: list[Sequence[PreferencePair]], order: Iterable[tuple[int, int]], most: int | None = None
+) -> BlendedRows:
+    sources, rows = array("H"), array("q")
+    for source, row in islice(order, most):
+        sources.append(source)
+        rows.append(row)
+    return BlendedRows(parts, sources, rows)
+
+
 def _print_drift(rows: _StageRows, stage: Stage) -> None:
     """Say when a source ran out and gives less than its weight asks for."""
-    total = sum(part.source.weight for part in rows.parts)
-    for part, share in zip(rows.parts, rows.shares, strict=True):
-        wanted = part.source.weight / total
+    for part, weight, share in zip(rows.parts, rows.weights, rows.shares, strict=True):
+        wanted = weight / sum(rows.weights)
         if wanted - share > LARGEST_DRIFT:
             print_main(
                 f"stage {stage}: all {len(part.train)} rows of {part.source.name} are {share:.0%} "
                 f"of the blend, its weight asks for {wanted:.0%}; data.rows can hold the shares"
             )
-
-
-# The order of an epoch ---------------------------------------------------------------------
-
-
-def epoch_order(n: int, *, seed: int, epoch: int) -> list[int]:
-    """A permutation of range(n), another one for each epoch."""
-    order = list(range(n))
-    Random(derive_seed(seed, "order", epoch)).shuffle(order)
-    return order
-
-
-def length_bucketed_batches(
-    lengths: Sequence[int],
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    drop_last: bool = False,
-    mega_batch: int = 16,
-) -> list[list[int]]:
-    """Batches of rows of similar length, each row once; they depend on no number of ranks.
-
-    Shuffle the rows, cut them into mega-batches, sort each by length, cut those into batches,
-    and shuffle the batches. The rows that fill no batch are the last of the shuffled order, not
-    the longest; they come as a smaller batch at the end, or not at all with `drop_last`.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows a batch, over all ranks.
-        mega_batch: batches sorted together; 1 sorts nothing across batches.
-    """
-    order = epoch_order(len(lengths), seed=seed, epoch=epoch)
-    full = len(order) - len(order) % batch_size
-    rest = order[full:]
-    batches: list[list[int]] = []
-    for start in range(0, full, batch_size * mega_batch):
-        mega = order[start : min(start + batch_size * mega_batch, full)]
-        mega.sort(key=lambda row: lengths[row])
-        batches += [mega[i : i + batch_size] for i in range(0, len(mega), batch_size)]
-    Random(derive_seed(seed, "batches", epoch)).shuffle(batches)
-    return batches if drop_last or not rest else [*batches, rest]
-
-
-def fingerprint(ids: Iterable[str | int]) -> str:
-    """Eight hex digits that name a sequence of ids: equal in two logs, equal data."""
-    joined = "\n".join(map(str, ids)).encode()
-    return hashlib.blake2b(joined, digest_size=4).hexdigest()

@@ -150,6 +150,8 @@ class SourceConfig:
     """Share of the blend, relative to the other sources' weights."""
     max_rows: int | None = None
     """Take at most this many rows of a stage; None takes all."""
+    repeat: int = 1
+    """How often its rows may come, so that it keeps its share beside a larger source."""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "a data source needs a name")
@@ -158,6 +160,7 @@ class SourceConfig:
             self.max_rows is None or self.max_rows > 0,
             f"max_rows of data source {self.name} must be positive",
         )
+        require(self.repeat > 0, f"repeat of data source {self.name} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,10 @@ class DataConfig:
     """Prompt and response together; longer responses are cut and keep their EOS."""
     rows: tuple[int, int, int] = (0, 0, 0)
     """At most this many training rows for sft, reward, ppo; 0 takes all there are."""
+    temperature: float = 1.0
+    """The sources' weights are raised to 1 / this: above 1 evens the shares out."""
+    cache: str = ""
+    """A directory that keeps encoded rows from run to run, for data that takes long to encode."""
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "name at least one data source")
@@ -192,6 +199,7 @@ class DataConfig:
             len(self.rows) == 3 and min(self.rows) >= 0,
             "rows needs three counts, none negative, for sft, reward and ppo",
         )
+        require(self.temperature > 0, "the temperature of the blend must be positive")
 
 
 @dataclass(frozen=True)
