@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kit.config import LoRAConfig, require
+from rlhf_kit.trust import check_model_directory, check_settings, parameter_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,29 +83,83 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _load(auto_class: Any, name: str, dtype: str, **kwargs: Any) -> tuple[PreTrainedModel, set]:
-    from transformers import AutoConfig
+    """A model and the names of its parameters that its files lack, all of them of a fresh head.
+
+    ValueError, one sentence, where the directory fails `check_model_directory`, does not fit its
+    weights, or is none of transformers' own architectures.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
 
     path = resolve_model(name)
     local = os.path.isdir(path)
     if local:
-        require(
-            any(Path(path).glob("*.safetensors")),
-            f"{name} has no *.safetensors weights; convert it first, pickled weights are refused",
-        )
+        check_model_directory(path, verify=True)
     common = {"local_files_only": local, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(path, **common, **kwargs)
-    with quiet_transformers():
+    with quiet_transformers(), _in_one_sentence(name, local):
+        if not local:
+            # No Python of the hub's is run; that would come in by names in the configuration.
+            settings, _ = PreTrainedConfig.get_config_dict(path)
+            check_settings(settings, f"config.json of {name}", ignored=frozenset({"auto_map"}))
+        config = AutoConfig.from_pretrained(path, **common, **kwargs)
+        if local:
+            _check_size(auto_class, config, path)
         model, info = auto_class.from_pretrained(
             path,
             config=config,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             **common,
         )
+    missing = set(info["missing_keys"])
+    mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
+    require(
+        not mismatched,
+        f"the config.json of {name} does not fit its weights: {mismatched and mismatched[0]} has "
+        "another shape; download or export both again",
+    )
+    lacking = sorted(key for key in missing if not key.startswith("score."))
+    require(
+        not lacking,
+        f"{name} lacks {lacking and lacking[0]}, which a {type(model).__name__} has; it holds "
+        "another kind of model, or is broken: download or export it again",
+    )
     disable_dropout(model)
     model.config.use_cache = False
-    return model, set(info["missing_keys"])
+    return model, missing
+
+
+def _check_size(auto_class: Any, config: Any, path: str) -> None:
+    """Refuse a configuration far larger than the weights, before memory is taken for it."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    described, held = sum(p.numel() for p in model.parameters()), parameter_count(path)
+    require(
+        described <= 2 * held,
+        f"the config.json of {path} describes {described:,} parameters and its weights hold "
+        f"{held:,}; download or export both again",
+    )
+
+
+@contextlib.contextmanager
+def _in_one_sentence(name: str, local: bool) -> Iterator[None]:
+    """What goes wrong inside transformers, as a ValueError; memory that runs out stays what it is.
+
+    A broken configuration raises whatever its numbers run into.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the model in {name} cannot be loaded: {reason}"
+            if local
+            else f"{name} is no local directory, and the hub gave no model of that name that can "
+            f"be loaded; check the spelling, or download it and give the directory ({reason})"
+        ) from error
 
 
 def _fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

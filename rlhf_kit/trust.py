@@ -7,6 +7,7 @@ nothing of it is run. SECURITY.md says what this defends against and what it doe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -97,13 +98,48 @@ def check_model_directory(
     Raises:
         ValueError: one sentence that names the file and what to do.
     """
+    with _readable(path):
+        path = Path(path)
+        names = _check_files(path, root)
+        require("config.json" in names, f"{path} is no model directory: it has no config.json")
+        require(
+            "adapter_config.json" not in names,
+            f"{path} holds an adapter, whose base would be loaded by name; merge it into its base "
+            "(peft's merge_and_unload) and save that",
+        )
+        _check_settings_files(path, names)
+        require(
+            isinstance(
+                read_json(path / "config.json", SIZES["config.json"]).get("model_type"), str
+            ),
+            f"{path / 'config.json'} has no model_type, so transformers would have to guess it",
+        )
+        found = parameter_count(path)
+        require(
+            found <= max_parameters,
+            f"{path} declares {found:,} parameters, and {max_parameters:,} are the most allowed",
+        )
+        if verify and "export.json" in names:
+            _verify(path, names)
+
+
+def check_tokenizer_directory(path: str | Path) -> None:
+    """The same for a directory of which the tokenizer alone is loaded: it may lack a model."""
+    with _readable(path):
+        path = Path(path)
+        _check_settings_files(path, _check_files(path, None))
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
     try:
-        _check(Path(path), None if root is None else Path(root), max_parameters, verify)
+        yield
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _check(path: Path, root: Path | None, max_parameters: int, verify: bool) -> None:
+def _check_files(path: Path, root: str | Path | None) -> set[str]:
+    """The names at the top; every file is a plain one, in its place, and none is code."""
     if root is None and path.absolute().parent.name == "snapshots":
         root = path.absolute().parent.parent  # the hub's cache: links into blobs/, beside it
     # realpath, because Path.resolve raises RuntimeError on a loop of links
@@ -113,39 +149,6 @@ def _check(path: Path, root: Path | None, max_parameters: int, verify: bool) -> 
         f"{path} lies outside {root}; models are loaded from there alone",
     )
     require(path.is_dir(), f"model directory {path} does not exist")
-    names = _check_files(path, inside)
-    require("config.json" in names, f"{path} is no model directory: it has no config.json")
-    require(
-        "adapter_config.json" not in names,
-        f"{path} holds an adapter, whose base would be loaded by name; merge it into its base "
-        "(peft's merge_and_unload) and save that",
-    )
-    for name in sorted(names & TEXT_SIZES.keys()):
-        _check_size(path / name, TEXT_SIZES[name])
-    for template in path.glob("additional_chat_templates/*"):
-        _check_size(template, TEXT_SIZES["chat_template.jinja"])
-    for name in sorted(names & SIZES.keys() - {INDEX, "export.json"}):
-        settings = read_json(path / name, SIZES[name])
-        if name != "added_tokens.json":  # its keys are tokens
-            check_settings(settings, str(path / name))
-        if name == "config.json":
-            require(
-                isinstance(settings.get("model_type"), str),
-                f"{path / name} has no model_type, so transformers would have to guess it",
-            )
-        if name == "tokenizer_config.json":
-            _check_tokenizer_settings(settings, path / name)
-    found = parameter_count(path)
-    require(
-        found <= max_parameters,
-        f"{path} declares {found:,} parameters, and {max_parameters:,} are the most allowed here",
-    )
-    if verify and "export.json" in names:
-        _verify(path, names)
-
-
-def _check_files(path: Path, inside: Path) -> set[str]:
-    """The names at the top; every file is a plain one, in its place, and no Python."""
     names = set()
     for count, entry in enumerate(_walk(path)):
         require(count < MAX_FILES, f"{path} holds more than {MAX_FILES:,} files; is it a model?")
@@ -168,6 +171,19 @@ def _check_files(path: Path, inside: Path) -> set[str]:
         if file.parent == path:
             names.add(file.name)
     return names
+
+
+def _check_settings_files(path: Path, names: set[str]) -> None:
+    for name in sorted(names & TEXT_SIZES.keys()):
+        _check_size(path / name, TEXT_SIZES[name])
+    for template in path.glob("additional_chat_templates/*"):
+        _check_size(template, TEXT_SIZES["chat_template.jinja"])
+    for name in sorted(names & SIZES.keys() - {INDEX, "export.json"}):
+        settings = read_json(path / name, SIZES[name])
+        if name != "added_tokens.json":  # its keys are tokens
+            check_settings(settings, str(path / name))
+        if name == "tokenizer_config.json":
+            _check_tokenizer_settings(settings, path / name)
 
 
 def _walk(path: Path) -> Iterator[os.DirEntry[str]]:

@@ -240,6 +240,6 @@ def test_a_reward_model_without_a_tokenizer_takes_the_actors(
 ):
     bare = tmp_path / "reward"
     shutil.copytree(reward_dir, bare)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "export.json"):
         (bare / name).unlink()
     assert build(tiny_args(reward_model=str(bare))).shares_tokenizer
