@@ -351,15 +351,16 @@ def test_a_directory_without_a_tokenizer_and_a_missing_one_are_told_apart(tmp_pa
 def test_a_local_directory_is_read_without_the_hub_and_a_name_through_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from rlhf_kit import tokenization
+    from rlhf_kit import chat_template
 
     asked = []
 
-    def from_pretrained(name: str, *, local_files_only: bool):
+    def from_pretrained(name: str, *, local_files_only: bool, trust_remote_code: bool):
+        assert not trust_remote_code
         asked.append((name, local_files_only))
         raise OSError("offline")
 
-    monkeypatch.setattr(tokenization.AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(chat_template.AutoTokenizer, "from_pretrained", from_pretrained)
     KIT.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be read: offline"):
         load_tokenizer(tmp_path)
