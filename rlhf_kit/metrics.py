@@ -19,6 +19,7 @@ from typing import Any
 
 from rlhf_kit import distributed
 from rlhf_kit.config import require
+from rlhf_kit.training_state import State
 
 FILE_NAME = "metrics.jsonl"
 CONSOLE_SECONDS = 5.0
@@ -73,6 +74,11 @@ class MetricsLog:
             for key, value in numbers.items():
                 self._writer.add_scalar(key, value, global_step=step)
         self._show(step, numbers, bar)
+
+    def rewind(self, purge_step: int) -> None:
+        """Forget what was logged from this step on, as training goes back to before it."""
+        self.close()
+        self._purge_step = purge_step
 
     def close(self) -> None:
         """Close both files; logging again reopens them."""
@@ -207,6 +213,15 @@ class Phases:
             name: {"seconds": phase.seconds, "tokens": phase.tokens}
             for name, phase in self.totals.items()
         }
+
+    def state(self) -> State:
+        """What was used until now, so that a resumed run sums up all of itself."""
+        laps = {name: vars(phase).copy() for name, phase in self._lap.items()}
+        return {"totals": self.to_dict(), "lap": laps}
+
+    def load_state(self, state: State) -> None:
+        self.totals = {name: Phase(**used) for name, used in state["totals"].items()}
+        self._lap = {name: Phase(**used) for name, used in state["lap"].items()}
 
 
 def _synchronize() -> None:

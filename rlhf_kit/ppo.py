@@ -21,8 +21,9 @@ from rlhf_kit.metrics import Phases
 from rlhf_kit.mixture import MixtureLoss, gradient_norm
 from rlhf_kit.models import response_logits
 from rlhf_kit.rlhf_engine import RLHFEngine, trim
-from rlhf_kit.rollout import make_experience
+from rlhf_kit.rollout import make_experience, restored_rollout, rollout_state
 from rlhf_kit.tokenization import Encoded
+from rlhf_kit.training_state import State, Stateful
 from rlhf_kit.types import Experience, PromptBatch, Rollout
 
 EMA_DISTANCE_EVERY = 10
@@ -63,9 +64,20 @@ class PPOTrainer:
             distributed.print_main("no texts for the mixture loss were given: it is off")
         self.metrics: dict[str, float] = {}
         self._rollout_metrics: dict[str, float] = {}
+        self._pending: Experience | None = None
+        self._resumed: State | None = None
 
     def generate_experience(self, prompts: PromptBatch) -> Experience:
-        """Sample a response to each of this rank's prompts [B, P] and score it."""
+        """Sample a response to each of this rank's prompts [B, P] and score it.
+
+        After a resume the experience that the checkpoint holds for these prompts comes back.
+        """
+        if self._resumed is not None:
+            found = restored_rollout(self._resumed, prompts, self.engine.device)
+            if found is not None:
+                self._rollout_metrics = self._resumed["metrics"]
+                self.last_rollout, self._pending = found
+                return self._pending
         with self.phases("generate") as phase:
             self.engine.actor.eval()
             rollout = self.engine.actor.generate(prompts.to(self.engine.device), self.generation)
@@ -80,6 +92,7 @@ class PPOTrainer:
                 temperature=self.generation.temperature,
             )
             phase.tokens += _count(experience.attention_mask)
+        self._pending = experience
         return experience
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
@@ -102,6 +115,7 @@ class PPOTrainer:
                 n=self.config.batch_size,
             )
         self.iteration += 1
+        self._pending = self._resumed = None
         measured = self.iteration == 1 or self.iteration % EMA_DISTANCE_EVERY == 0
         if self.engine.ema is not None and measured:
             metrics["ema/distance"] = self.engine.ema.distance()
@@ -259,3 +273,41 @@ class PPOTrainer:
                 f"{key} became {value} in iteration {self.iteration}; lower the learning rates, "
                 "or raise ppo.kl.coef, and start from the last export",
             )
+
+    def state(self) -> State:
+        """All that the next iteration depends on, and a rollout not yet learnt from; all ranks.
+
+        Not `metrics` and `last_rollout`: both were logged and belong to the iteration before.
+        """
+        pending: State | None = None
+        if self._pending is not None and self.last_rollout is not None:
+            pending = rollout_state(self.last_rollout, self._pending)
+            pending["metrics"] = self._rollout_metrics
+        parts = {name: part.state() for name, part in self._parts().items()}
+        return {
+            **parts,
+            "iteration": self.iteration,
+            "kl_coef": self.kl_coef,
+            "rollout": pending,
+        }
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state, of any number of ranks and ZeRO stage; all ranks must call it."""
+        for name, part in self._parts().items():
+            require(
+                name in state, f"the checkpoint holds no {name}; resume with its run's settings"
+            )
+            part.load_state(state[name])
+        self.iteration = state["iteration"]
+        self.kl_coef = state["kl_coef"]
+        self._pending, self._resumed = None, state["rollout"]
+
+    def _parts(self) -> dict[str, Stateful]:
+        parts: dict[str, Stateful | None] = {
+            "actor": self.engine.actor,
+            "critic": self.engine.critic,
+            "ema": self.engine.ema,
+            "mixture": self.mixture,
+            "phases": self.phases,
+        }
+        return {name: part for name, part in parts.items() if part is not None}

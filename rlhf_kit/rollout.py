@@ -21,6 +21,7 @@ from rlhf_kit.config import PPOConfig, require
 from rlhf_kit.distributed import derive_seed
 from rlhf_kit.rlhf_engine import RLHFEngine, trim
 from rlhf_kit.tokenization import collate_prompts, decode_response
+from rlhf_kit.training_state import State
 from rlhf_kit.types import Experience, PreferencePair, PromptBatch, Rollout
 
 if TYPE_CHECKING:
@@ -151,6 +152,46 @@ def make_experience(
     )
     metrics = _rollout_metrics(rollout, experience, raw_score)
     return experience, {**metrics, "advantage/mean": mean, "advantage/std": std}
+
+
+def rollout_state(rollout: Rollout, experience: Experience) -> State:
+    """A rollout that is still to be learnt from: this rank's tensors, for as many ranks."""
+    return {
+        "experience": dict(vars(experience)),
+        "ended": rollout.ended,
+        "seeds": rollout.prompts.seeds,
+    }
+
+
+def restored_rollout(
+    state: State, prompts: PromptBatch, device: torch.device
+) -> tuple[Rollout, Experience] | None:
+    """What `rollout_state` saved, where it was sampled from these prompts; all ranks call it.
+
+    None for other prompts, and on another number of ranks. Sampling again gives the same: seeds
+    belong to the rows.
+    """
+    sequences: Tensor | None = state["experience"]["sequences"]
+    seeds: Tensor | None = state["seeds"]
+    prompt_length = prompts.input_ids.shape[1]
+    other = (
+        sequences is None
+        or seeds is None
+        or not torch.equal(seeds.cpu(), prompts.seeds.cpu())
+        or not torch.equal(sequences[:, :prompt_length].cpu(), prompts.input_ids.cpu())
+    )
+    if distributed.all_any(other, device):
+        return None
+    tensors = {name: tensor.to(device) for name, tensor in state["experience"].items()}
+    experience = Experience(**tensors)
+    rollout = Rollout(
+        prompts.to(device),
+        experience.sequences[:, prompt_length:],
+        experience.response_mask,
+        experience.rollout_logprobs,
+        state["ended"].to(device),
+    )
+    return rollout, experience
 
 
 def _rollout_metrics(
