@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +16,15 @@ from torch import Tensor
 from rlhf_kit import distributed
 from rlhf_kit.config import RewardConfig
 from rlhf_kit.distributed import derive_seed
+from rlhf_kit.faults import Faults
 from rlhf_kit.functional import pairwise_loss
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.models import ValueModel
 from rlhf_kit.tokenization import Encoded, EncodedPair, collate_pairs, collate_scored
 from rlhf_kit.training_state import State
+
+
+Result = TypeVar("Result")
 
 
 def last_token_scores(values: Tensor, last_index: Tensor) -> Tensor:
@@ -62,11 +67,33 @@ def prompt_batches(
 class RewardTrainer:
     """`step(rows)` trains on one batch of pairs; `compare` and `scores` evaluate."""
 
-    def __init__(self, engine: TrainingEngine, config: RewardConfig, *, pad_token_id: int):
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        config: RewardConfig,
+        *,
+        pad_token_id: int,
+        faults: Faults | None = None,
+    ):
+        """`faults` says what to do when something breaks; None takes the defaults."""
         assert isinstance(engine.module, ValueModel)
         self.engine = engine
         self.config = config
         self.pad_token_id = pad_token_id
+        self.faults = faults or Faults()
+        self.micro_batch_size = config.micro_batch_size
+
+    def _within_memory(self, doing: str, attempt: Callable[[int], Result]) -> Result:
+        """`attempt(rows at once)`, with half of them where memory runs out."""
+        result, self.micro_batch_size = self.faults.within_memory(
+            doing,
+            self.micro_batch_size,
+            attempt,
+            lower="reward.micro_batch_size",
+            undo=self.engine.drop_gradients,
+            whole=self.engine.config.zero_stage < 3,
+        )
+        return result
 
     def _pair_scores(self, rows: Sequence[EncodedPair]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected responses, from one forward."""
@@ -78,8 +105,19 @@ class RewardTrainer:
     def step(self, rows: Sequence[EncodedPair]) -> dict[str, float]:
         """One optimiser step on the pairs of one global batch."""
         self.engine.train()
+        self.faults.step = self.engine.steps_done + 1
+        totals = self._within_memory("training", lambda size: self._backward(rows, size))
+        summed = distributed.all_sum(torch.stack(list(totals.values())))
+        metrics = dict(zip(totals, summed.tolist(), strict=True))
+        info = self.faults.step_if_finite(metrics, self.engine)
+        if info is None:
+            return {**metrics, "faults/skipped": 1.0}
+        return {**metrics, "optim/lr": info.learning_rate, "optim/grad_norm": info.grad_norm}
+
+    def _backward(self, rows: Sequence[EncodedPair], size: int) -> dict[str, Tensor]:
+        """Add the gradients of this rank's micro-batches; its share of the metrics."""
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.engine.device))
-        for part in distributed.micro_batches(rows, self.config.micro_batch_size):
+        for part in distributed.micro_batches(rows, size):
             chosen, rejected = self._pair_scores(part)
             loss, metrics = pairwise_loss(
                 chosen,
@@ -88,27 +126,24 @@ class RewardTrainer:
                 margin=self.config.margin,
                 center_coef=self.config.center_coef,
             )
-            self.engine.backward(loss)
+            self.faults.backward(self.engine, loss)
             for key, value in {"loss/train": loss.detach(), **metrics}.items():
                 totals[key] = totals[key] + value
-        info = self.engine.step()
-        summed = distributed.all_sum(torch.stack(list(totals.values())))
-        return {
-            **dict(zip(totals, summed.tolist(), strict=True)),
-            "optim/lr": info.learning_rate,
-            "optim/grad_norm": info.grad_norm,
-        }
+        return totals
 
     @torch.no_grad()
     def margins(self, rows: Sequence[EncodedPair]) -> Tensor:
         """Score differences chosen - rejected [B], in the order of `rows`, on every rank."""
         self.engine.eval()
-        size = self.config.micro_batch_size
-        parts = []
-        for start in range(0, len(rows), size):
-            chosen, rejected = self._pair_scores(rows[start : start + size])
-            parts.append(chosen - rejected)
-        return torch.cat(parts).cpu()
+
+        def differences(size: int) -> Tensor:
+            parts = []
+            for start in range(0, len(rows), size):
+                chosen, rejected = self._pair_scores(rows[start : start + size])
+                parts.append(chosen - rejected)
+            return torch.cat(parts).cpu()
+
+        return self._within_memory("evaluating", differences)
 
     def accuracy(self, rows: Sequence[EncodedPair]) -> dict[str, float]:
         """`eval/accuracy`, and `eval/accuracy/<kind>` for each kind of pair the source names."""
@@ -128,15 +163,17 @@ class RewardTrainer:
         Stiennon et al. 2020), which makes one kl_coef mean the same for any reward model.
         """
         self.engine.eval()
-        size = 2 * self.config.micro_batch_size
-        parts = []
-        for start in range(0, len(rows), size):
-            batch = collate_scored(rows[start : start + size], pad_token_id=self.pad_token_id).to(
-                self.engine.device
-            )
-            values = self.engine(batch.input_ids, batch.attention_mask)
-            parts.append(last_token_scores(values, batch.last_index))
-        scores = torch.cat(parts).double()
+
+        def scored(size: int) -> Tensor:
+            parts = []
+            for start in range(0, len(rows), 2 * size):  # a pair is two rows
+                part = rows[start : start + 2 * size]
+                batch = collate_scored(part, pad_token_id=self.pad_token_id).to(self.engine.device)
+                values = self.engine(batch.input_ids, batch.attention_mask)
+                parts.append(last_token_scores(values, batch.last_index))
+            return torch.cat(parts).double()
+
+        scores = self._within_memory("scoring demonstrations", scored)
         return float(scores.mean()), max(float(scores.std(unbiased=False)), 1e-6)
 
     def state(self) -> State:

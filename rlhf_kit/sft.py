@@ -12,6 +12,7 @@ import torch
 
 from rlhf_kit import distributed
 from rlhf_kit.config import SFTConfig
+from rlhf_kit.faults import Faults
 from rlhf_kit.functional import language_model_loss
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.models import position_ids
@@ -32,28 +33,55 @@ def language_model_forward(model: Callable[..., Any], batch: SFTBatch) -> torch.
 class SFTTrainer:
     """`step(rows)` trains on the rows of one global batch, `evaluate(rows)` gives their loss."""
 
-    def __init__(self, engine: TrainingEngine, config: SFTConfig, *, pad_token_id: int):
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        config: SFTConfig,
+        *,
+        pad_token_id: int,
+        faults: Faults | None = None,
+    ):
+        """`faults` says what to do when something breaks; None takes the defaults."""
         self.engine = engine
         self.config = config
         self.pad_token_id = pad_token_id
+        self.faults = faults or Faults()
+        self.micro_batch_size = config.micro_batch_size
 
-    def _batches(self, rows: Sequence[Encoded]) -> list[SFTBatch]:
+    def _batches(self, rows: Sequence[Encoded], size: int) -> list[SFTBatch]:
         """This rank's micro-batches, on the device."""
         return [
             collate_sft(part, pad_token_id=self.pad_token_id).to(self.engine.device)
-            for part in distributed.micro_batches(rows, self.config.micro_batch_size)
+            for part in distributed.micro_batches(rows, size)
         ]
 
-    def _loss_tokens(self, batches: Sequence[SFTBatch]) -> float:
+    def _loss_tokens(self, rows: Sequence[Encoded]) -> float:
         """Response tokens of the global batch: what every token's loss is divided by."""
+        batches = self._batches(rows, self.micro_batch_size)
         count = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
         return float(distributed.all_sum(torch.tensor(float(count), device=self.engine.device)))
 
     def step(self, rows: Sequence[Encoded]) -> dict[str, float]:
         """One optimiser step; the metrics are means over all response tokens of the batch."""
         self.engine.train()
-        batches = self._batches(rows)
-        tokens = self._loss_tokens(batches)
+        self.faults.step = self.engine.steps_done + 1
+        tokens = self._loss_tokens(rows)
+        total, self.micro_batch_size = self.faults.within_memory(
+            "training",
+            self.micro_batch_size,
+            lambda size: self._backward(self._batches(rows, size), tokens),
+            lower="sft.micro_batch_size",
+            undo=self.engine.drop_gradients,
+            whole=self.engine.config.zero_stage < 3,
+        )
+        metrics = {"loss/train": float(distributed.all_sum(total))}
+        info = self.faults.step_if_finite(metrics, self.engine)
+        if info is None:
+            return {**metrics, "faults/skipped": 1.0}
+        return {**metrics, "optim/lr": info.learning_rate, "optim/grad_norm": info.grad_norm}
+
+    def _backward(self, batches: Sequence[SFTBatch], tokens: float) -> torch.Tensor:
+        """Add the gradients of this rank's micro-batches; its share of the loss."""
         total = torch.zeros((), device=self.engine.device)
         for batch in batches:
             loss = language_model_loss(
@@ -62,27 +90,33 @@ class SFTTrainer:
                 batch.loss_mask,
                 denominator=tokens,
             )
-            self.engine.backward(loss)
+            self.faults.backward(self.engine, loss)
             total += loss.detach()
-        info = self.engine.step()
-        return {
-            "loss/train": float(distributed.all_sum(total)),
-            "optim/lr": info.learning_rate,
-            "optim/grad_norm": info.grad_norm,
-        }
+        return total
 
     @torch.no_grad()
     def evaluate(self, rows: Sequence[Encoded]) -> float:
         """Mean loss a response token over `rows`, weighted by tokens and not by batches."""
         self.engine.eval()
-        batches = self._batches(rows)
-        tokens = self._loss_tokens(batches)
-        total = torch.zeros((), device=self.engine.device)
-        for batch in batches:
-            logits = language_model_forward(self.engine, batch)
-            total += language_model_loss(
-                logits, batch.input_ids, batch.loss_mask, denominator=tokens
-            )
+        tokens = self._loss_tokens(rows)
+
+        def loss(size: int) -> torch.Tensor:
+            total = torch.zeros((), device=self.engine.device)
+            for batch in self._batches(rows, size):
+                logits = language_model_forward(self.engine, batch)
+                total += language_model_loss(
+                    logits, batch.input_ids, batch.loss_mask, denominator=tokens
+                )
+            return total
+
+        total, self.micro_batch_size = self.faults.within_memory(
+            "evaluating",
+            self.micro_batch_size,
+            loss,
+            lower="sft.micro_batch_size",
+            undo=self.engine.drop_gradients,
+            whole=self.engine.config.zero_stage < 3,
+        )
         return float(distributed.all_sum(total))
 
     def state(self) -> State:

@@ -18,7 +18,7 @@ RANKS = [
     "config distributed functional types integrity training_state",
     "parameters statistics trust toy_world row_schemas hub_datasets data_files datasets "
     "batch_order row_store blending split_manifest chat_template encoded_cache encoded_rows "
-    "tokenization metrics plots",
+    "tokenization faults metrics plots",
     "models deepspeed_config",
     "hybrid_engine checkpoint ema",
     "sft reward rlhf_engine rollout mixture",

@@ -1,6 +1,6 @@
-"""What DeepSpeed 0.19 has accumulated since the last optimiser step: is it finite, and away with it.
+"""What DeepSpeed has accumulated since the last step: whether it is finite, and away with it.
 
-DeepSpeed has no call for either. Where it keeps gradients depends on the ZeRO stage, on offload
+DeepSpeed 0.19 has no call for either. Where it keeps gradients depends on the ZeRO stage, on offload
 and on the dtype; the tests of faults hold this file to its promise, bitwise, in every stage.
 """
 
