@@ -23,7 +23,7 @@ RANKS = [
     "hybrid_engine checkpoint ema",
     "sft reward rlhf_engine rollout mixture",
     "ppo invariants",
-    "measure results launch pipeline run_directory evaluate report_page report chat cli",
+    "measure results votes launch pipeline run_directory evaluate report_page report chat cli",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 ORDER = {name: place for place, name in enumerate(RANK)}
