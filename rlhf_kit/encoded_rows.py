@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from tqdm.auto import tqdm
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rlhf_kit import encoded_cache
 from rlhf_kit.chat_template import RefusedDialogue, encode_prompt, encode_response
 from rlhf_kit.config import DataConfig
 from rlhf_kit.distributed import is_main_rank
+from rlhf_kit.row_store import BlendedRows
 from rlhf_kit.types import Message, PreferencePair
 
 
@@ -90,7 +93,7 @@ Row = TypeVar("Row")
 class Fitting(Generic[Row]):
     """The rows of a stage that fit the lengths of the config, and what happened to the others."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: Sequence[Row] = field(default_factory=list)
     refused: int = 0
     """Rows dropped because the chat template refuses the dialogue."""
     long_prompts: int = 0
@@ -99,6 +102,10 @@ class Fitting(Generic[Row]):
     """Kept rows in which a response is cut to `max_length`."""
     equal_pairs: int = 0
     """Pairs dropped because their responses are equal as ids, most often once cut."""
+
+    def counts(self) -> dict[str, int]:
+        """What happened, without the rows."""
+        return {name: value for name, value in vars(self).items() if name != "rows"}
 
     def lines(self) -> list[str]:
         """One line of text for each thing that happened."""
@@ -116,12 +123,10 @@ def _fitting(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[PreferencePair],
     config: DataConfig,
-) -> Iterator[tuple[PreferencePair, list[int]]]:
-    """Pairs whose prompt fits, and its ids: the one place where a prompt drops a row.
-
-    The caller appends to `fitting.rows`; nothing left at the end is an error.
-    """
-    for pair in tqdm(pairs, desc="encode", delay=2, disable=not is_main_rank()):
+) -> Iterator[tuple[int, PreferencePair, list[int]]]:
+    """Places of pairs whose prompt fits, and its ids: the one place where a prompt drops a row."""
+    bar = tqdm(pairs, desc="encode", delay=2, disable=not is_main_rank())
+    for place, pair in enumerate(bar):
         try:
             prompt_ids = encode_prompt(tokenizer, pair.prompt)
         except RefusedDialogue:
@@ -130,34 +135,41 @@ def _fitting(
         if len(prompt_ids) > config.max_prompt_length:
             fitting.long_prompts += 1
         else:
-            yield pair, prompt_ids
-    if not fitting.rows:
+            yield place, pair, prompt_ids
+
+
+def _require_rows(
+    fitting: Fitting[Row], pairs: Sequence[PreferencePair], config: DataConfig
+) -> Fitting[Row]:
+    if not len(fitting.rows):
         raise ValueError(
             f"none of {len(pairs)} rows fits data.max_prompt_length {config.max_prompt_length} and "
             f"data.max_length {config.max_length}: {'; '.join(fitting.lines()) or 'no rows given'}"
         )
+    return fitting
 
 
-def encode_demonstrations(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], config: DataConfig
-) -> Fitting[Encoded]:
-    """Prompts and chosen responses, for SFT. ValueError where no row fits."""
-    fitting: Fitting[Encoded] = Fitting()
-    for pair, prompt_ids in _fitting(fitting, tokenizer, pairs, config):
+def _demonstrations(
+    fitting: Fitting[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    config: DataConfig,
+) -> Iterator[Encoded]:
+    for _, pair, prompt_ids in _fitting(fitting, tokenizer, pairs, config):
         assert pair.chosen is not None
         response_ids = encode_response(tokenizer, pair.prompt, pair.chosen)
         row = _join(prompt_ids, response_ids, config.max_length)
         fitting.cut_responses += row.is_cut
-        fitting.rows.append(row)
-    return fitting
+        yield row
 
 
-def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], config: DataConfig
-) -> Fitting[EncodedPair]:
-    """Prompts with both responses, for the reward model. ValueError where no row fits."""
-    fitting: Fitting[EncodedPair] = Fitting()
-    for pair, prompt_ids in _fitting(fitting, tokenizer, pairs, config):
+def _pairs(
+    fitting: Fitting[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    config: DataConfig,
+) -> Iterator[EncodedPair]:
+    for _, pair, prompt_ids in _fitting(fitting, tokenizer, pairs, config):
         assert pair.chosen is not None and pair.rejected is not None
         chosen, rejected = (
             _join(prompt_ids, encode_response(tokenizer, pair.prompt, response), config.max_length)
@@ -167,8 +179,45 @@ def encode_pairs(
             fitting.equal_pairs += 1
             continue
         fitting.cut_responses += chosen.is_cut or rejected.is_cut
-        fitting.rows.append(EncodedPair(chosen, rejected, pair.prompt_id, pair.kind))
-    return fitting
+        yield EncodedPair(chosen, rejected, pair.prompt_id, pair.kind)
+
+
+def encode_demonstrations(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], config: DataConfig
+) -> Fitting[Encoded]:
+    """Prompts and chosen responses, for SFT; kept in `data.cache`. ValueError where no row fits."""
+    fitting: Fitting[Encoded] = Fitting()
+    rows = _demonstrations(fitting, tokenizer, pairs, config)
+    if config.cache:
+        numbered = ((row.input_ids, [row.prompt_length, row.is_cut]) for row in rows)
+        entry = _cached("demonstrations", fitting, tokenizer, pairs, config, numbered, dict)
+        fitting.rows = CachedRows(entry)
+    else:
+        fitting.rows = list(rows)
+    return _require_rows(fitting, pairs, config)
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], config: DataConfig
+) -> Fitting[EncodedPair]:
+    """Prompts with both responses, for the reward model; else like `encode_demonstrations`."""
+    fitting: Fitting[EncodedPair] = Fitting()
+    rows = _pairs(fitting, tokenizer, pairs, config)
+    if config.cache:
+        kinds: dict[str, int] = {}
+        numbered = (
+            (side.input_ids, [side.prompt_length, side.is_cut, *_prompt_numbers(row), kind])
+            for row in rows
+            for kind in [kinds.setdefault(row.kind, len(kinds))]
+            for side in (row.chosen, row.rejected)
+        )
+        entry = _cached(
+            "pairs", fitting, tokenizer, pairs, config, numbered, lambda: {"kinds": list(kinds)}
+        )
+        fitting.rows = CachedPairs(entry)
+    else:
+        fitting.rows = list(rows)
+    return _require_rows(fitting, pairs, config)
 
 
 def keep_fitting(
@@ -176,6 +225,74 @@ def keep_fitting(
 ) -> Fitting[PreferencePair]:
     """The rows whose prompts fit, for PPO and for evaluation. ValueError where none does."""
     fitting: Fitting[PreferencePair] = Fitting()
-    for pair, _ in _fitting(fitting, tokenizer, pairs, config):
-        fitting.rows.append(pair)
-    return fitting
+    places = array("q", (place for place, *_ in _fitting(fitting, tokenizer, pairs, config)))
+    # A blend may lie on disk: keep places, not rows.
+    is_blend = isinstance(pairs, BlendedRows)
+    fitting.rows = pairs.take(places) if is_blend else [pairs[i] for i in places]
+    return _require_rows(fitting, pairs, config)
+
+
+# Rows in the cache -------------------------------------------------------------------------
+
+
+def _cached(
+    what: str,
+    fitting: Fitting[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    config: DataConfig,
+    rows: Iterable[tuple[Sequence[int], Sequence[int]]],
+    details: Callable[[], dict[str, Any]],
+) -> encoded_cache.Entry:
+    """The entry of these rows, written from `rows` where there is none; fills in the counts."""
+    settings = {"what": what, "lengths": [config.max_prompt_length, config.max_length]}
+    parts = encoded_cache.key_parts(tokenizer, pairs, settings)
+    entry = encoded_cache.find(config.cache, parts)
+    if entry is None:
+        return encoded_cache.write(
+            config.cache, parts, rows, lambda: {"counts": fitting.counts(), **details()}
+        )
+    for name, count in entry.details["counts"].items():
+        setattr(fitting, name, count)
+    return entry
+
+
+def _prompt_numbers(row: EncodedPair) -> tuple[int, int]:
+    """The 24 hex digits of a prompt's hash as two numbers of 48 bits."""
+    return int(row.prompt_id[:12], 16), int(row.prompt_id[12:], 16)
+
+
+class CachedRows(Sequence[Encoded]):
+    """Encoded rows of a cache entry, read when asked for."""
+
+    def __init__(self, entry: encoded_cache.Entry):
+        self._entry = entry
+
+    def __len__(self) -> int:
+        return len(self._entry.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        ids, (prompt_length, is_cut, *_) = self._entry.row(range(len(self))[index])
+        return Encoded(ids, prompt_length, bool(is_cut))
+
+
+class CachedPairs(Sequence[EncodedPair]):
+    """Encoded pairs of a cache entry, read when asked for."""
+
+    def __init__(self, entry: encoded_cache.Entry):
+        self._entry, self._sides = entry, CachedRows(entry)
+
+    def __len__(self) -> int:
+        return len(self._sides) // 2
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]
+        *_, high, low, kind = self._entry.numbers[2 * i].tolist()
+        kinds = self._entry.details["kinds"]
+        return EncodedPair(
+            self._sides[2 * i], self._sides[2 * i + 1], f"{high:012x}{low:012x}", kinds[kind]
+        )
