@@ -1,4 +1,4 @@
-"""The command `rlhf-kit`: train, run, chat, report.
+"""The command `rlhf-kit`: train, run, chat, app, report, data.
 
 Nothing heavy is imported before it is needed. Wrong input is one sentence and exit code 2, a
 stage that fails is exit code 1, Ctrl-C is 130.
@@ -7,6 +7,8 @@ stage that fails is exit code 1, Ctrl-C is 130.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import os
 import shlex
 import sys
@@ -34,8 +36,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rlhf-kit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str, **keywords: Any) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **keywords)
+    def command(
+        name: str, run: Any, text: str, *, among: Any = commands, **keywords: Any
+    ) -> argparse.ArgumentParser:
+        sub = among.add_parser(name, help=text, description=text, allow_abbrev=False, **keywords)
         sub.set_defaults(run=run)
         return sub
 
@@ -87,6 +91,33 @@ def build_parser() -> argparse.ArgumentParser:
     chat_.add_argument("--top-p", type=float, default=0.9, help="nucleus (default: 0.9)")
     chat_.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
     chat_.add_argument("--seed", type=int, default=0, help="the same seed, the same answers")
+
+    app_ = command("app", app, "open the app: chat in the browser, compare checkpoints, vote")
+    app_.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a run, or a model")
+    app_.add_argument("--port", type=int, metavar="N", help="default: the first free from 7860")
+    app_.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="where to listen; another than this machine's own needs a password",
+    )
+    app_.add_argument(
+        "--share", action="store_true", help="a public link through Gradio; needs a password"
+    )
+    app_.add_argument("--language", choices=("en", "zh"), help="default: the browser's")
+
+    data_ = command("data", None, "look after data: preferences from votes")
+    data_commands = data_.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    votes_ = command(
+        "from-votes",
+        data_from_votes,
+        "turn the app's votes into prompt/chosen/rejected, which --data takes",
+        among=data_commands,
+    )
+    votes_.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    votes_.add_argument(
+        "--output", metavar="FILE", type=Path, help="default: RUN_DIR/preferences.jsonl"
+    )
     return parser
 
 
@@ -200,6 +231,41 @@ def chat(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         system=arguments.system,
     )
+
+
+def app(arguments: argparse.Namespace) -> int:
+    root = pipeline.NOTEBOOKS.parent
+    require(
+        (root / "apps" / "chat.py").is_file(),
+        f"there is no app in {root}; start it from a checkout of the repository, installed with "
+        "pip install -e .",
+    )
+    require(
+        importlib.util.find_spec("gradio") is not None,
+        "the app needs Gradio, which is not installed: pip install -e '.[app]'",
+    )
+    port = arguments.port
+    require(port is None or 0 < port < 65536, f"--port must be from 1 to 65535, not {port}")
+    sys.path.insert(0, str(root))  # apps/ is run from the checkout, as the notebooks are
+    chat_app = importlib.import_module("apps.chat")
+    return chat_app.main(
+        arguments.run_dir,
+        host=arguments.host,
+        port=port,
+        share=arguments.share,
+        language=arguments.language,
+    )
+
+
+def data_from_votes(arguments: argparse.Namespace) -> int:
+    from rlhf_kit.votes import from_votes
+
+    result, path = from_votes(arguments.run_dir, arguments.output)
+    print(f"{path}: {len(result.pairs)} pairs from {result.votes} votes")
+    for line in result.lines():
+        print(f"  {line}")
+    print(f"Train on them with --data {path}")
+    return 0
 
 
 def main(words: Sequence[str] | None = None) -> int:
