@@ -120,9 +120,7 @@ class Faults:
 
     # ---- NaN and infinity
 
-    def finite(
-        self, metrics: Mapping[str, float], engines: Sequence[Any], *, where: str = ""
-    ) -> bool:
+    def finite(self, metrics: Mapping[str, float], engines: Sequence[Any]) -> bool:
         """Whether losses (sums over ranks) and gradients may be stepped on; all ranks call it.
 
         Where not, the gradients of all `engines` are dropped, and the policy is followed. Weights,
@@ -137,7 +135,7 @@ class Faults:
             return True
         for engine in engines:
             engine.drop_gradients()
-        self.nonfinite(f"NaN or infinity in {', '.join(bad)}{where}")
+        self.nonfinite(f"NaN or infinity in {', '.join(bad)}")
         return False
 
     def step_if_finite(self, metrics: Mapping[str, float], engine: Any) -> Any | None:

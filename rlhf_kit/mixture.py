@@ -8,6 +8,7 @@ share of PPO's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,59 +73,63 @@ class MixtureLoss:
                 "set ppo.mixture.kind to coef, or actor_engine.zero_stage to 2",
             )
 
-    def _batches(self) -> tuple[list[SFTBatch], float]:
-        """This step's micro-batches, and its loss tokens over all ranks."""
+    def _batches(self, size: int | None = None) -> list[SFTBatch]:
+        """This step's micro-batches of this rank, of `size` rows or as the config says."""
         generator = torch.Generator().manual_seed(
             distributed.derive_seed("mixture", self.seed, self.steps)
         )
         index = torch.randint(len(self.rows), (self.batch_size,), generator=generator)
         rows = [self.rows[i] for i in index.tolist()]
-        batches = [
+        return [
             collate_sft(part, pad_token_id=self.pad_token_id).to(self.actor.device)
-            for part in distributed.micro_batches(rows, self.micro_batch_size)
+            for part in distributed.micro_batches(rows, size or self.micro_batch_size)
         ]
-        tokens = torch.tensor(
-            float(sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)),
-            device=self.actor.device,
-        )
-        return batches, float(distributed.all_sum(tokens))
+
+    def tokens(self) -> float:
+        """Loss tokens of this step's text, over all ranks."""
+        count = sum(int(batch.loss_mask[:, 1:].sum()) for batch in self._batches())
+        return float(distributed.all_sum(torch.tensor(float(count), device=self.actor.device)))
 
     def _loss(self, model: Callable[..., Any], batch: SFTBatch, tokens: float) -> Tensor:
         logits = language_model_forward(model, batch)
         return language_model_loss(logits, batch.input_ids, batch.loss_mask, denominator=tokens)
 
-    def measure(self, ppo_norm: Callable[..., float], *minibatch: object) -> None:
-        """Set the weight from both gradients' norms, on the first and every tenth step.
+    def due(self) -> bool:
+        """Whether the weight is to be measured now: on the first and every tenth step."""
+        return self.config.kind == "grad_norm_ratio" and self.steps % MEASURE_EVERY == 0
 
-        `ppo_norm(*minibatch, probes)` gives the norm of the policy gradient on the probes.
-        """
-        if self.config.kind != "grad_norm_ratio" or self.steps % MEASURE_EVERY:
-            return
-        probes = probe_parameters(self.actor)
-        policy = ppo_norm(*minibatch, probes)
-        batches, tokens = self._batches()
+    def gradient(self, probes: Sequence[Tensor], tokens: float, size: int) -> list[Tensor]:
+        """This rank's part of the text's gradient on the probes, on the bare module."""
         total = [torch.zeros_like(p, dtype=torch.float32) for p in probes]
-        for batch in batches:
+        for batch in self._batches(size):
             loss = self._loss(self.actor.module, batch, tokens)
             for sum_, grad in zip(total, torch.autograd.grad(loss, probes), strict=True):
                 sum_ += grad
-        measured = mixture_weight(gradient_norm(total), policy, ratio=self.config.ratio)
+        return total
+
+    def set_weight(self, policy: Sequence[Tensor], text: Sequence[Tensor]) -> None:
+        """From this rank's parts of both gradients; all ranks call it."""
+        norms = gradient_norm(text), gradient_norm(policy)
+        if not all(map(math.isfinite, norms)):
+            return  # this minibatch will be left out
+        measured = mixture_weight(*norms, ratio=self.config.ratio)
         # Norms of single minibatches are noisy: move halfway, in the logarithm.
         self.weight = measured if not self.weight else (self.weight * measured) ** 0.5
 
-    def backward(self) -> dict[str, float]:
-        """Add the weighted gradient of one batch of text to the actor's."""
-        batches, tokens = self._batches()
+    def backward(
+        self, tokens: float, size: int, backward: Callable[[TrainingEngine, Tensor], None]
+    ) -> Tensor:
+        """Add the weighted gradient of one batch of text to the actor's; the rank's loss share.
+
+        By `backward(actor, loss)`. `steps` goes on when the minibatch is done, as the text of a
+        repeated one must be the same.
+        """
         total = torch.zeros((), device=self.actor.device)
-        for batch in batches:
+        for batch in self._batches(size):
             loss = self._loss(self.actor, batch, tokens)
-            self.actor.backward(self.weight * loss)
+            backward(self.actor, self.weight * loss)
             total += loss.detach()
-        self.steps += 1
-        return {
-            "mixture/loss": float(distributed.all_sum(total)),
-            "mixture/coef": self.weight,
-        }
+        return total
 
     def state(self) -> State:
         """How many batches were drawn, which decides the next one, and the weight of now."""

@@ -6,10 +6,12 @@ and minibatches as the config says. Shapes: B batch, R response tokens.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +19,18 @@ from torch import Tensor
 from rlhf_kit import distributed
 from rlhf_kit import functional as f
 from rlhf_kit.config import GenerationConfig, RunConfig, require
+from rlhf_kit.faults import Faults, RolledBack
+from rlhf_kit.hybrid_engine.decode import NotFinite
 from rlhf_kit.metrics import Phases
-from rlhf_kit.mixture import MixtureLoss, gradient_norm
+from rlhf_kit.mixture import MixtureLoss, probe_parameters
 from rlhf_kit.models import response_logits
 from rlhf_kit.rlhf_engine import RLHFEngine, trim
-from rlhf_kit.rollout import make_experience, restored_rollout, rollout_state
+from rlhf_kit.rollout import ask_models, make_experience, restored_rollout, rollout_state
 from rlhf_kit.tokenization import Encoded
 from rlhf_kit.training_state import State, Stateful
 from rlhf_kit.types import Experience, PromptBatch, Rollout
 
+Result = TypeVar("Result")
 EMA_DISTANCE_EVERY = 10
 """Iterations between two measurements of the average's distance; the first is measured too."""
 
@@ -47,9 +52,15 @@ class PPOTrainer:
         engine: RLHFEngine,
         args: RunConfig,
         mixture_rows: Sequence[Encoded] | None = None,
+        faults: Faults | None = None,
     ):
-        """`mixture_rows` are tokenized texts for the mixture loss; without any it is off."""
+        """`mixture_rows` are tokenized texts for the mixture loss; without any it is off.
+
+        `faults` says what to do when something breaks; None takes the defaults.
+        """
         self.engine = engine
+        self.faults = faults or Faults(args.faults)
+        self.micro_batch_size = args.ppo.micro_batch_size
         self.args = args
         self.config = args.ppo
         self.generation: GenerationConfig = args.generation
@@ -78,42 +89,108 @@ class PPOTrainer:
                 self._rollout_metrics = self._resumed["metrics"]
                 self.last_rollout, self._pending = found
                 return self._pending
+        self.faults.step = self.iteration + 1
         with self.phases("generate") as phase:
-            self.engine.actor.eval()
-            rollout = self.engine.actor.generate(prompts.to(self.engine.device), self.generation)
+            rollout = self._generate(prompts.to(self.engine.device))
             phase.tokens += _count(rollout.response_mask)
         self.last_rollout = rollout
+        temperature = self.generation.temperature
         with self.phases("score") as phase:
+            opinions = self._within_memory(
+                "scoring",
+                lambda size: ask_models(
+                    rollout, self.engine, self.config, temperature=temperature, size=size
+                ),
+            )
             experience, self._rollout_metrics = make_experience(
                 rollout,
                 self.engine,
                 self.config,
                 kl_coef=self.kl_coef,
-                temperature=self.generation.temperature,
+                temperature=temperature,
+                opinions=opinions,
             )
             phase.tokens += _count(experience.attention_mask)
         self._pending = experience
         return experience
 
+    def _generate(self, prompts: PromptBatch) -> Rollout:
+        """Responses of the actor as it is now; with fewer slots where memory runs out."""
+        self.engine.actor.eval()
+
+        def attempt(slots: int) -> Rollout | NotFinite:
+            try:
+                generation = dataclasses.replace(self.generation, slots=slots)
+                return self.engine.actor.generate(prompts, generation)
+            except NotFinite as error:
+                return error
+
+        found, slots = self.faults.within_memory(
+            "generating", self.generation.slots, attempt, lower="generation.slots"
+        )
+        self.generation = dataclasses.replace(self.generation, slots=slots)
+        if not distributed.all_any(isinstance(found, NotFinite), self.engine.device):
+            assert isinstance(found, Rollout)
+            return found
+        # No update with such a gradient is applied: the weights themselves are out of range.
+        with contextlib.suppress(RolledBack), self._going_on():
+            policy = "stop" if self.faults.config.nonfinite == "stop" else "roll_back"
+            self.faults.act(
+                "nonfinite",
+                policy,
+                "the actor's logits are not finite",
+                "lower ppo.actor_optimizer.learning_rate",
+            )
+        return self._generate(prompts)
+
+    def _within_memory(self, doing: str, attempt: Callable[[int], Result]) -> Result:
+        """`attempt(rows at once)`, with half of them where memory runs out."""
+        engines = (self.engine.actor, self.engine.critic)
+
+        def undo() -> None:
+            for engine in engines:
+                engine.drop_gradients()
+
+        result, self.micro_batch_size = self.faults.within_memory(
+            doing,
+            self.micro_batch_size,
+            attempt,
+            lower="ppo.micro_batch_size",
+            undo=undo,
+            whole=all(engine.config.zero_stage < 3 for engine in engines),
+        )
+        return result
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A roll-back inside takes the models back, but not the place in data and schedules."""
+        actor, critic, mixture = self.engine.actor, self.engine.critic, self.mixture
+        place = self.iteration, actor.steps_done, critic.steps_done
+        texts = mixture.steps if mixture is not None else 0
+        try:
+            yield
+        except RolledBack:
+            self.iteration, actor.steps_done, critic.steps_done = place
+            if mixture is not None:
+                mixture.steps = texts
+            self._pending = self._resumed = None
+            raise
+
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
         """`step`, returning the actor's and the critic's mean loss as DeepSpeed Chat does."""
         metrics = self.step(experience)
-        return metrics.get("policy/loss", 0.0), metrics["value/loss"]
+        return metrics.get("policy/loss", 0.0), metrics.get("value/loss", math.nan)
 
     def step(self, experience: Experience) -> dict[str, float]:
         """All epochs and minibatches over one experience; returns the iteration's metrics."""
-        with self.phases("train") as phase:
-            metrics = self._train(experience)
-            phase.tokens += int(_count(experience.attention_mask) * metrics["ppo/epochs_done"])
-        metrics = {**self._rollout_metrics, **metrics, "objective/kl_coef": self.kl_coef}
-        if self.config.kl.kind == "adaptive" and "objective/kl" in metrics:
-            self.kl_coef = f.next_kl_coef(
-                self.kl_coef,
-                kl=metrics["objective/kl"],
-                target=self.config.kl.target,
-                horizon=self.config.kl.horizon,
-                n=self.config.batch_size,
-            )
+        self.faults.step = self.iteration + 1
+        metrics = {**self._rollout_metrics, "objective/kl_coef": self.kl_coef}
+        with contextlib.suppress(RolledBack), self._going_on():
+            with self.phases("train") as phase:
+                metrics |= self._train(experience)
+                phase.tokens += int(_count(experience.attention_mask) * metrics["ppo/epochs_done"])
+            self.faults.check(metrics)
+        self._steer_kl(metrics)
         self.iteration += 1
         self._pending = self._resumed = None
         measured = self.iteration == 1 or self.iteration % EMA_DISTANCE_EVERY == 0
@@ -121,6 +198,17 @@ class PPOTrainer:
             metrics["ema/distance"] = self.engine.ema.distance()
         self.metrics = {**metrics, **self._speed()}
         return self.metrics
+
+    def _steer_kl(self, metrics: dict[str, float]) -> None:
+        kl = metrics.get("objective/kl", math.nan)
+        if self.config.kl.kind == "adaptive" and math.isfinite(kl):
+            self.kl_coef = f.next_kl_coef(
+                self.kl_coef,
+                kl=kl,
+                target=self.config.kl.target,
+                horizon=self.config.kl.horizon,
+                n=self.config.batch_size,
+            )
 
     def _speed(self) -> dict[str, float]:
         lap = self.phases.lap()
@@ -136,10 +224,13 @@ class PPOTrainer:
         minibatch = self.config.minibatch_size // distributed.world_size()
         train_actor = self.iteration >= self.config.critic_warmup_iterations
         history: dict[str, list[float]] = defaultdict(list)
-        epochs_done = 0.0
+        epochs_done, skipped = 0.0, 0
         for epoch in range(self.config.epochs):
             for index in self._order(len(experience), epoch).split(minibatch):
                 metrics = self._minibatch(experience.rows(index), train_actor=train_actor)
+                if metrics is None:
+                    skipped += 1
+                    continue
                 for key, value in metrics.items():
                     history[key].append(value)
                 epochs_done += len(index) / len(experience)
@@ -149,6 +240,7 @@ class PPOTrainer:
                 continue
             break
         means = {key: sum(values) / len(values) for key, values in history.items()}
+        means |= {"faults/skipped": float(skipped)} if skipped else {}
         return {**means, "ppo/epochs_done": epochs_done}
 
     def _order(self, rows: int, epoch: int) -> Tensor:
@@ -166,34 +258,77 @@ class PPOTrainer:
         """Whether the approximate KL of this minibatch (of all ranks) is over the limit."""
         return 0 < self.config.max_approx_kl < metrics["policy/approx_kl"]
 
-    def _minibatch(self, experience: Experience, *, train_actor: bool) -> dict[str, float]:
-        """One optimiser step of actor and critic on the rows of one minibatch."""
+    def _minibatch(self, experience: Experience, *, train_actor: bool) -> dict[str, float] | None:
+        """One optimiser step of actor and critic on the rows of one minibatch.
+
+        None where it was left out, because something in it was not finite.
+        """
         tokens = float(distributed.all_sum(experience.response_mask.sum().double()))
-        totals: dict[str, Tensor] = {}
-        if train_actor and self.mixture is not None:
-            self.mixture.measure(self._policy_gradient_norm, experience, tokens)
-        for index in torch.arange(len(experience)).split(self.config.micro_batch_size):
-            micro = experience.rows(index)
-            parts = self._value_backward(micro, tokens)
-            if train_actor:
-                loss, metrics = self._policy(self.engine.actor, micro, tokens)
-                self.engine.actor.backward(loss)
-                parts |= {"policy/loss": loss.detach(), **metrics}
-            for key, value in parts.items():
-                totals[key] = totals[key] + value.detach() if key in totals else value.detach()
+        mixture = self.mixture if train_actor else None
+        text_tokens = mixture.tokens() if mixture is not None else 0.0
+        if mixture is not None and mixture.due():
+            probes = probe_parameters(self.engine.actor)
+            gradients = self._within_memory(
+                "training",
+                lambda size: (
+                    self._policy_gradient(experience, tokens, probes, size),
+                    mixture.gradient(probes, text_tokens, size),
+                ),
+            )
+            mixture.set_weight(*gradients)
+
+        def attempt(size: int) -> dict[str, Tensor]:
+            totals: dict[str, Tensor] = {}
+            for index in torch.arange(len(experience)).split(size):
+                micro = experience.rows(index)
+                parts = self._value_backward(micro, tokens)
+                if train_actor:
+                    loss, metrics = self._policy(self.engine.actor, micro, tokens)
+                    self.faults.backward(self.engine.actor, loss)
+                    parts |= {"policy/loss": loss.detach(), **metrics}
+                for key, value in parts.items():
+                    totals[key] = totals[key] + value.detach() if key in totals else value.detach()
+            if mixture is not None:
+                loss = mixture.backward(text_tokens, size, self.faults.backward)
+                totals["mixture/loss"] = loss
+            return totals
+
+        totals = self._within_memory("training", attempt)
         summed = distributed.all_sum(torch.stack([v.double() for v in totals.values()]))
         metrics = dict(zip(totals, summed.tolist(), strict=True))
-        critic = self.engine.critic.step()
-        metrics |= {
-            "optim/critic_grad_norm": critic.grad_norm,
-            "optim/critic_lr": critic.learning_rate,
-        }
+        if mixture is not None:
+            mixture.steps += 1
+            metrics["mixture/coef"] = mixture.weight
+        if not self._step(metrics, train_actor=train_actor):
+            return None
         if train_actor:
-            metrics |= self._actor_step()
             mean = metrics["policy/ratio_mean"]
             metrics["policy/ratio_var"] = max(metrics.pop("policy/ratio_square") - mean**2, 0.0)
-        self._check_finite(metrics)
         return metrics
+
+    def _step(self, metrics: dict[str, float], *, train_actor: bool) -> bool:
+        """Both optimisers' steps and the average's, or none of them; adds what they say."""
+        actor, critic = self.engine.actor, self.engine.critic
+        if not self.faults.finite(metrics, [actor, critic] if train_actor else [critic]):
+            return False
+        info = critic.step()
+        applied = info.applied
+        metrics |= {
+            "optim/critic_grad_norm": info.grad_norm,
+            "optim/critic_lr": info.learning_rate,
+        }
+        if train_actor:
+            info = actor.step()
+            applied = applied and info.applied
+            metrics |= {
+                "optim/actor_grad_norm": info.grad_norm,
+                "optim/actor_lr": info.learning_rate,
+            }
+            if self.engine.ema is not None and info.applied:
+                metrics["ema/decay"] = self.engine.ema.update()
+        if not applied:  # a sum over ranks too large, though its terms were finite
+            self.faults.nonfinite("NaN or infinity in the gradient")
+        return applied
 
     def _policy(
         self, actor: Any, micro: Experience, tokens: float
@@ -237,42 +372,22 @@ class PPOTrainer:
             value_clip=self.config.value_clip,
             denominator=tokens,
         )
-        self.engine.critic.backward(loss)
+        self.faults.backward(self.engine.critic, loss)
         return {"value/loss": loss.detach(), **metrics}
 
-    def _policy_gradient_norm(
-        self, experience: Experience, tokens: float, probes: Sequence[Tensor]
-    ) -> float:
-        """Norm of the whole minibatch's policy gradient on `probes`, without stepping.
+    def _policy_gradient(
+        self, experience: Experience, tokens: float, probes: Sequence[Tensor], size: int
+    ) -> list[Tensor]:
+        """This rank's part of the minibatch's policy gradient on `probes`, without stepping.
 
         On the bare module: DeepSpeed allows no second way to call backward through its engine.
         """
         total = [torch.zeros_like(p, dtype=torch.float32) for p in probes]
-        for index in torch.arange(len(experience)).split(self.config.micro_batch_size):
+        for index in torch.arange(len(experience)).split(size):
             loss, _ = self._policy(self.engine.actor.module, experience.rows(index), tokens)
             for sum_, grad in zip(total, torch.autograd.grad(loss, probes), strict=True):
                 sum_ += grad
-        return gradient_norm(total)
-
-    def _actor_step(self) -> dict[str, float]:
-        """The mixture loss, the optimiser step of the actor, and the average after it."""
-        metrics = self.mixture.backward() if self.mixture is not None else {}
-        actor = self.engine.actor.step()
-        if self.engine.ema is not None:
-            metrics["ema/decay"] = self.engine.ema.update()
-        return {
-            **metrics,
-            "optim/actor_grad_norm": actor.grad_norm,
-            "optim/actor_lr": actor.learning_rate,
-        }
-
-    def _check_finite(self, metrics: dict[str, float]) -> None:
-        for key, value in metrics.items():
-            require(
-                math.isfinite(value),
-                f"{key} became {value} in iteration {self.iteration}; lower the learning rates, "
-                "or raise ppo.kl.coef, and start from the last export",
-            )
+        return total
 
     def state(self) -> State:
         """All that the next iteration depends on, and a rollout not yet learnt from; all ranks.

@@ -23,7 +23,6 @@ from rlhf_kit.models import ValueModel
 from rlhf_kit.tokenization import Encoded, EncodedPair, collate_pairs, collate_scored
 from rlhf_kit.training_state import State
 
-
 Result = TypeVar("Result")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,70 @@ def _by_micro_batch(
     return torch.cat(parts)
 
 
+class Opinions(NamedTuple):
+    """What the four models say about a rollout."""
+
+    raw_score: Tensor
+    """[B] as the reward model gives it."""
+    old_logprobs: Tensor
+    """[B, R] of the actor."""
+    ref_logprobs: Tensor
+    """[B, R] of the ref."""
+    values: Tensor
+    """[B, R] of the critic."""
+
+
+@torch.no_grad()
+def ask_models(
+    rollout: Rollout, models: RLHFEngine, config: PPOConfig, *, temperature: float, size: int
+) -> Opinions:
+    """Forward passes of all models over this rank's rows, `size` at once.
+
+    The reward model takes all rows at once, unless `size` is less than the config's, because
+    memory had run out.
+    """
+    response_length = rollout.response_ids.shape[1]
+    scored = (rollout.sequences, rollout.attention_mask, response_length)
+
+    def logprobs_by(source: Callable[[Tensor, Tensor, int, float], Tensor]) -> Tensor:
+        return _by_micro_batch(lambda i, m, r: source(i, m, r, temperature), *scored, size)
+
+    models.actor.eval()
+    models.critic.eval()
+    parts = [rollout]
+    if size < config.micro_batch_size:
+        parts = [
+            _rows(rollout, slice(start, start + size))
+            for start in range(0, len(rollout.prompts), size)
+        ]
+    return Opinions(
+        raw_score=torch.cat([models.score(part) for part in parts]),
+        old_logprobs=(
+            rollout.logprobs
+            if config.old_logprobs == "rollout"
+            else logprobs_by(models.actor_logprobs)
+        ),
+        ref_logprobs=logprobs_by(models.ref_logprobs),
+        values=_by_micro_batch(models.values, *scored, size),
+    )
+
+
+def _rows(rollout: Rollout, rows: slice) -> Rollout:
+    prompts = rollout.prompts
+    return Rollout(
+        PromptBatch(
+            prompts.input_ids[rows],
+            prompts.attention_mask[rows],
+            prompts.seeds[rows],
+            prompts.dialogues[rows],
+        ),
+        rollout.response_ids[rows],
+        rollout.response_mask[rows],
+        rollout.logprobs[rows],
+        rollout.ended[rows],
+    )
+
+
 @torch.no_grad()
 def make_experience(
     rollout: Rollout,
@@ -99,24 +163,18 @@ def make_experience(
     *,
     kl_coef: float,
     temperature: float,
+    opinions: Opinions | None = None,
 ) -> tuple[Experience, dict[str, float]]:
     """Score a rollout and turn it into per-token rewards, advantages and returns.
 
     Old logprobs and values are computed in the micro-batches of the first minibatches to come,
     row for row, so that the first ratio is 1 to the last bit. Returns the experience of this
-    rank's rows and the metrics of all ranks' rows.
+    rank's rows and the metrics of all ranks' rows. `opinions` are `ask_models`'s, None asks now.
     """
-    response_length = rollout.response_ids.shape[1]
     mask = rollout.response_mask
-    scored = (rollout.sequences, rollout.attention_mask, response_length)
-    size = config.micro_batch_size
-
-    def logprobs_by(source: Callable[[Tensor, Tensor, int, float], Tensor]) -> Tensor:
-        return _by_micro_batch(lambda i, m, r: source(i, m, r, temperature), *scored, size)
-
-    models.actor.eval()
-    models.critic.eval()
-    raw_score = models.score(rollout)
+    raw_score, old_logprobs, ref_logprobs, values = opinions or ask_models(
+        rollout, models, config, temperature=temperature, size=config.micro_batch_size
+    )
     score = f.shape_score(
         raw_score,
         rollout.ended,
@@ -125,13 +183,6 @@ def make_experience(
         clip=config.score_clip,
         missing_eos_score=config.missing_eos_score,
     )
-    if config.old_logprobs == "rollout":
-        old_logprobs = rollout.logprobs
-    else:
-        old_logprobs = logprobs_by(models.actor_logprobs)
-    ref_logprobs = logprobs_by(models.ref_logprobs)
-    values = _by_micro_batch(models.values, *scored, size)
-
     rewards = f.token_rewards(score, old_logprobs, ref_logprobs, mask, kl_coef=kl_coef)
     advantages, returns = f.gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
     mean, std = f.mean_and_std(distributed.all_sum(f.moments(advantages, mask)))
@@ -214,6 +265,9 @@ def _rollout_metrics(
         "response/length": mask.sum(),
         "response/eos_rate": ended,
         "response/truncated_rate": len(experience) - ended,
+        # An EOS alone is a response of one token.
+        "response/empty_rate": (rollout.ended & (mask.sum(-1) <= 1)).sum(),
+        "objective/score_std": raw_score.double().square().sum(),
     }
     totals = torch.stack([value.double() for value in sums.values()])
     rows = torch.tensor([float(len(experience))], dtype=torch.float64, device=totals.device)
@@ -222,8 +276,11 @@ def _rollout_metrics(
     totals = distributed.all_sum(torch.cat([totals, rows, tokens, gap_sum])).tolist()
     *totals, rows_total, tokens_total, gap_total = totals
     largest = torch.where(mask, gap, torch.zeros_like(gap)).max()
+    means = {key: total / rows_total for key, total in zip(sums, totals, strict=True)}
+    spread = means["objective/score_std"] - means["objective/score_raw"] ** 2
+    means["objective/score_std"] = max(spread, 0.0) ** 0.5
     return {
-        **{key: total / rows_total for key, total in zip(sums, totals, strict=True)},
+        **means,
         "value/explained_variance": f.explained_variance(
             distributed.all_sum(residuals), distributed.all_sum(returns)
         ),

@@ -617,7 +617,7 @@ def test_row_25_the_mixture_gradient_joins_the_same_optimiser_step(
         actor = trainer.engine.actor
         if trainer.mixture is not None:
             assert trainer.mixture.batch_size == 16
-            batches, tokens = trainer.mixture._batches()
+            batches, tokens = trainer.mixture._batches(), trainer.mixture.tokens()
             losses = [trainer.mixture._loss(actor.module, batch, tokens) for batch in batches]
             head = actor.module.lm_head.weight
             (gradients["text"],) = torch.autograd.grad(sum(losses), head)

@@ -22,7 +22,9 @@ LOGGED = """
     policy/loss policy/approx_kl policy/clipfrac policy/ratio_mean policy/ratio_var
     value/loss value/clipfrac value/explained_variance
     mixture/loss mixture/coef
-    response/length response/eos_rate response/truncated_rate
+    response/length response/eos_rate response/truncated_rate response/empty_rate
+    objective/score_std faults/skipped response/distinct_rate response/repetition
+    monitor/length_correlation monitor/repetition_correlation monitor/heldout_score
     advantage/mean advantage/std
     optim/actor_grad_norm optim/critic_grad_norm optim/actor_lr optim/critic_lr
     engine/logprob_gap_max engine/logprob_gap_mean

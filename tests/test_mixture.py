@@ -65,8 +65,8 @@ def test_the_weighted_gradient_has_the_share_that_was_asked_for(
     # Independently: one backward pass each over the whole batch.
     policy, _ = trainer._policy(actor.module, experience, tokens)
     of_policy = torch.autograd.grad(policy, probes)
-    batches, count = mixture._batches()
-    text = sum(mixture._loss(actor.module, batch, count) for batch in batches)
+    count = mixture.tokens()
+    text = sum(mixture._loss(actor.module, batch, count) for batch in mixture._batches())
     of_text = torch.autograd.grad(text, probes)
     norms = [
         torch.stack([g.square().sum() for g in grads]).sum().sqrt()
@@ -93,9 +93,9 @@ def test_the_weight_is_measured_again_every_tenth_step(
     weights = []
     original = mixture.backward
 
-    def backward() -> dict[str, float]:
+    def backward(*args: Any) -> torch.Tensor:
         weights.append(mixture.weight)
-        return original()
+        return original(*args)
 
     mixture.backward = backward  # type: ignore[method-assign]
     trainer.step(trainer.generate_experience(prompts()))
@@ -113,7 +113,7 @@ def test_every_step_draws_other_texts_and_every_run_the_same(
         mixture = PPOTrainer(engine=engine, args=args, mixture_rows=texts).mixture
         assert mixture is not None
         for mixture.steps in range(2):
-            batches, tokens = mixture._batches()
+            batches, tokens = mixture._batches(), mixture.tokens()
             assert sum(len(batch) for batch in batches) == 8
             assert tokens == sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
             drawn.append([row.tolist() for batch in batches for row in batch.input_ids])

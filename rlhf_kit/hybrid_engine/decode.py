@@ -349,6 +349,10 @@ def _without_adapter_wrapper(model: Any) -> Any:
     return model.get_base_model()
 
 
+class NotFinite(ValueError):
+    """The model gives logits that are NaN or infinite."""
+
+
 def _check_finite(logprobs: Tensor) -> None:
     if not bool(logprobs.isfinite().all()):
-        raise ValueError("the model's logits are not finite: look for an update that diverged")
+        raise NotFinite("the model's logits are not finite: look for an update that diverged")

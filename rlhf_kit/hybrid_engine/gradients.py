@@ -1,7 +1,7 @@
 """What DeepSpeed has accumulated since the last step: whether it is finite, and away with it.
 
-DeepSpeed 0.19 has no call for either. Where it keeps gradients depends on the ZeRO stage, on offload
-and on the dtype; the tests of faults hold this file to its promise, bitwise, in every stage.
+DeepSpeed 0.19 has no call for either. Where it keeps gradients depends on the ZeRO stage, on
+offload and on the dtype; the tests hold this file to its promise, bitwise, in every stage.
 """
 
 from __future__ import annotations
