@@ -1,7 +1,7 @@
 """Pairs in a temporary file, so that a blend may be larger than memory.
 
-Up to 64 MiB stay in memory. Beyond that they lie in a file without a name in TMPDIR, which is
-gone when the process is; in memory remain eight bytes a row.
+A megabyte of each store stays in memory. What is more lies in a file without a name in TMPDIR,
+which is gone when the process is; in memory remain sixteen bytes a row.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from typing import overload
 
 from rlhf_kit.types import PreferencePair
 
-IN_MEMORY = 64 << 20
-"""Bytes of one store that are kept in memory before they are moved to a file."""
+IN_MEMORY = 1 << 20
+"""Bytes of one store that are kept in memory before they are written to its file."""
 
 
 class RowStore(Sequence[PreferencePair]):
     """The pairs of one source, appended one by one and read at any place, in a shuffled order."""
 
-    def __init__(self, source: str, *, in_memory: int = IN_MEMORY):
+    def __init__(self, source: str):
         self.source = source
-        self._in_memory = in_memory
         self._buffer = bytearray()
         self._file: int | None = None
         self._bounds = array("q", [0])
@@ -37,8 +36,7 @@ class RowStore(Sequence[PreferencePair]):
         record = json.dumps([turns, pair.chosen, pair.rejected, pair.kind]).encode()
         self._bounds.append(self._bounds[-1] + len(record))
         self._buffer += record
-        # Once there is a file, the buffer is what has not been written to it yet.
-        if len(self._buffer) > (self._in_memory if self._file is None else 1 << 20):
+        if len(self._buffer) > IN_MEMORY:
             self._flush()
 
     def _flush(self) -> None:
@@ -60,8 +58,6 @@ class RowStore(Sequence[PreferencePair]):
 
     def shuffle(self, seed: int, most: int | None = None) -> None:
         """Put the rows into the order that shuffling a list of them would give; keep `most`."""
-        if self._file is not None and self._buffer:
-            self._flush()
         order = array("q", range(len(self._bounds) - 1))
         Random(seed).shuffle(order)  # pyright: ignore[reportArgumentType]
         self._order = order[:most]

@@ -37,11 +37,12 @@ def normalised(text: str) -> str:
 def split_manifest(blend: Blend) -> dict[str, Any]:
     """`Blend.manifest` of all stages, and what their prompts share, as plain values.
 
-    `leaks` holds, in distinct prompts: `exact`, prompts in more than one of the six parts (three
-    stages, each with rows for training and for evaluation), 0 by construction; `normalised`, the
-    same after `normalised`; `normalised_between`, which parts share them; `ngram`, for each
-    stage's evaluation prompts the share that has an 8-gram in common with a training prompt of
-    each stage, or of `any`.
+    `leaks` holds, in distinct prompts: `exact`, training prompts that another stage trains on or
+    any stage is evaluated with, 0 by construction; `normalised`, the same after `normalised`;
+    `between`, which parts share how many of these; `evaluations`, prompts that two stages are
+    evaluated with, which harms nothing (the toy world has some); `ngram`, for each stage's
+    evaluation prompts the share that has an 8-gram in common with a training prompt of each
+    stage, or of `any`.
     """
     parts: dict[str, Sequence[PreferencePair]] = {}
     for stage in STAGES:
@@ -53,13 +54,14 @@ def split_manifest(blend: Blend) -> dict[str, Any]:
     return {
         **blend.manifest(),
         "leaks": {
-            "exact": _shared(exact),
-            "normalised": _shared(near),
-            "normalised_between": {
+            "exact": len(_leaked(exact)),
+            "normalised": len(_leaked(near)),
+            "between": {
                 f"{one} / {two}": count
                 for one, two in combinations(near, 2)
-                if (count := len(np.intersect1d(near[one], near[two], assume_unique=True)))
+                if (one in STAGES or two in STAGES) and (count := len(_both(near[one], near[two])))
             },
+            "evaluations": len(_repeated([near[name] for name in near if name not in STAGES])),
             "ngram": ngram_leaks(parts),
         },
     }
@@ -81,11 +83,21 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _shared(parts: dict[str, np.ndarray]) -> int:
-    if not parts:
-        return 0
-    _, counts = np.unique(np.concatenate(list(parts.values())), return_counts=True)
-    return int((counts > 1).sum())
+def _leaked(parts: dict[str, np.ndarray]) -> np.ndarray:
+    train = [hashes for name, hashes in parts.items() if name in STAGES]
+    evaluation = [hashes for name, hashes in parts.items() if name not in STAGES]
+    crossed = _both(np.unique(np.concatenate(train)), np.unique(np.concatenate(evaluation)))
+    return np.union1d(_repeated(train), crossed)
+
+
+def _both(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    return np.intersect1d(one, two, assume_unique=True)
+
+
+def _repeated(parts: list[np.ndarray]) -> np.ndarray:
+    """What is in more than one of them."""
+    found, counts = np.unique(np.concatenate(parts), return_counts=True)
+    return found[counts > 1]
 
 
 def words(prompt: PreferencePair) -> list[str]:
