@@ -33,23 +33,18 @@ from rlhf_kit.measure import (
 )
 from rlhf_kit.models import (
     TOY_WORLD,
-    ValueModel,
     load_causal_lm,
-    load_scorer,
     response_logits,
-    saved_normalisation,
 )
 from rlhf_kit.pipeline import EXPORTS, read_record
 from rlhf_kit.results import COMPARISONS, MODELS, SEED, describe_reward_model, summarise
-from rlhf_kit.reward import last_token_scores
+from rlhf_kit.scorer import Scorer
 from rlhf_kit.tokenization import (
     collate_prompts,
     decode_response,
-    encode_scored,
     keep_fitting,
     load_tokenizer,
     prepare_tokenizer,
-    same_tokenizer,
     stop_token_ids,
 )
 from rlhf_kit.types import PreferencePair, PromptBatch, Rollout
@@ -249,60 +244,6 @@ def logprobs(model: Any, rollout: Rollout, rows: int) -> Tensor:
         )
     ]
     return torch.cat(parts)
-
-
-class Scorer:
-    """The proxy: a run's reward model, on rollouts and on pairs."""
-
-    def __init__(self, directory: Path, config: RunConfig, actor_tokenizer: Any) -> None:
-        self.tokenizer = load_tokenizer(directory)
-        prepare_tokenizer(self.tokenizer)
-        self.actor_tokenizer = actor_tokenizer
-        self.shares_tokenizer = same_tokenizer(actor_tokenizer, self.tokenizer)
-        scorer = load_scorer(str(directory), self.tokenizer, dtype=config.critic_engine.dtype)
-        self.mean, self.std = saved_normalisation(scorer)
-        self.model = ValueModel(scorer).eval()
-        self.model.to(local_device())
-        self.max_length = config.data.max_length
-        self.rows = config.ppo.micro_batch_size
-
-    def normalised(self, rollout: Rollout) -> Tensor:
-        """[B] scores in standard deviations of the demonstrations' scores, 0 their mean."""
-        if self.shares_tokenizer:
-            last = rollout.prompts.input_ids.shape[1] + rollout.response_mask.sum(-1) - 1
-            scores = self._forward(rollout.sequences, rollout.attention_mask, last)
-        else:
-            texts = [
-                decode_response(self.actor_tokenizer, ids[mask].tolist())
-                for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
-            ]
-            scores = self._texts(rollout.prompts.dialogues, texts, rollout.ended.tolist())
-        return (scores - self.mean) / self.std
-
-    def pairs(self, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
-        """Raw scores [N] of the chosen and [N] of the rejected responses."""
-        dialogues, ended = [pair.prompt for pair in pairs], [True] * len(pairs)
-        chosen = self._texts(dialogues, [pair.chosen or "" for pair in pairs], ended)
-        rejected = self._texts(dialogues, [pair.rejected or "" for pair in pairs], ended)
-        return chosen, rejected
-
-    def _texts(
-        self, dialogues: Sequence[Any], responses: Sequence[str], ended: Sequence[bool]
-    ) -> Tensor:
-        batch = encode_scored(self.tokenizer, dialogues, responses, ended, self.max_length)
-        return self._forward(batch.input_ids, batch.attention_mask, batch.last_index)
-
-    @torch.no_grad()
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor, last_index: Tensor) -> Tensor:
-        """[B] scores at `last_index`, a few rows at a time."""
-        device = local_device()
-        parts = [
-            last_token_scores(self.model(ids.to(device), mask.to(device)), last.to(device))
-            for ids, mask, last in zip(
-                *(x.split(self.rows) for x in (input_ids, attention_mask, last_index)), strict=True
-            )
-        ]
-        return torch.cat(parts)
 
 
 def _load_actor(directory: str, tokenizer: Any, config: RunConfig) -> Any:

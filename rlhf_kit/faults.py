@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf_kit import distributed
 from rlhf_kit.config import FaultConfig, LimitConfig
+from rlhf_kit.training_state import State
 
 FILE_NAME = "faults.jsonl"
 Action = Literal["skip", "halve", "roll_back", "stop", "warn", "drop"]
@@ -104,10 +105,11 @@ class Faults:
         if self.rolled_back >= self.config.roll_backs:
             again = "again, and it has gone back to a checkpoint before" if self.rolled_back else ""
             return self.stop(fault, f"{what} {again}".strip(), advice)
+        before = self.rolled_back  # the checkpoint has counted fewer
         found = self.roll_back() if self.roll_back is not None else None
         if found is None:
             return self.stop(fault, f"{what}, and there is no checkpoint to go back to", advice)
-        self.rolled_back += 1
+        self.rolled_back = before + 1
         self.in_a_row = 0
         self._outside.clear()
         self.report(
@@ -117,6 +119,15 @@ class Faults:
             f"next rows; if it comes back, {advice}",
         )
         raise RolledBack
+
+    def state(self) -> State:
+        """What decides when a fault has come back too often."""
+        outside = dict(self._outside)
+        return {"rolled_back": self.rolled_back, "in_a_row": self.in_a_row, "outside": outside}
+
+    def load_state(self, state: State) -> None:
+        self.rolled_back, self.in_a_row = state["rolled_back"], state["in_a_row"]
+        self._outside = dict(state["outside"])
 
     # ---- NaN and infinity
 

@@ -24,6 +24,7 @@ from rlhf_kit.hybrid_engine.decode import NotFinite
 from rlhf_kit.metrics import Phases
 from rlhf_kit.mixture import MixtureLoss, probe_parameters
 from rlhf_kit.models import response_logits
+from rlhf_kit.monitor import ADVICE, Monitor
 from rlhf_kit.rlhf_engine import RLHFEngine, trim
 from rlhf_kit.rollout import ask_models, make_experience, restored_rollout, rollout_state
 from rlhf_kit.tokenization import Encoded
@@ -61,6 +62,7 @@ class PPOTrainer:
         self.engine = engine
         self.faults = faults or Faults(args.faults)
         self.micro_batch_size = args.ppo.micro_batch_size
+        self.monitor = Monitor(args, engine.tokenizer)
         self.args = args
         self.config = args.ppo
         self.generation: GenerationConfig = args.generation
@@ -110,9 +112,18 @@ class PPOTrainer:
                 temperature=temperature,
                 opinions=opinions,
             )
+            self._rollout_metrics |= self._watch(rollout, experience)
             phase.tokens += _count(experience.attention_mask)
         self._pending = experience
         return experience
+
+    def _watch(self, rollout: Rollout, experience: Experience) -> dict[str, float]:
+        """The monitor's metrics of a rollout, now and then by the held-out reward model too."""
+        scorer = self.monitor.heldout
+        if scorer is None or not self.monitor.due(self.iteration):
+            return self.monitor.measure(rollout, experience.score)
+        heldout = self._within_memory("scoring", lambda rows: scorer.normalised(rollout, rows))
+        return self.monitor.measure(rollout, experience.score, heldout)
 
     def _generate(self, prompts: PromptBatch) -> Rollout:
         """Responses of the actor as it is now; with fewer slots where memory runs out."""
@@ -167,12 +178,14 @@ class PPOTrainer:
         actor, critic, mixture = self.engine.actor, self.engine.critic, self.mixture
         place = self.iteration, actor.steps_done, critic.steps_done
         texts = mixture.steps if mixture is not None else 0
+        used = self.phases.state()
         try:
             yield
         except RolledBack:
             self.iteration, actor.steps_done, critic.steps_done = place
             if mixture is not None:
                 mixture.steps = texts
+            self.phases.load_state(used)
             self._pending = self._resumed = None
             raise
 
@@ -190,6 +203,11 @@ class PPOTrainer:
                 metrics |= self._train(experience)
                 phase.tokens += int(_count(experience.attention_mask) * metrics["ppo/epochs_done"])
             self.faults.check(metrics)
+            if self.monitor.due(self.iteration):
+                self.monitor.add(metrics)
+                for name, what in self.monitor.signs().items():
+                    policy = self.args.monitor.policy
+                    self.faults.act("reward_hacking", policy, what, ADVICE[name])
         self._steer_kl(metrics)
         self.iteration += 1
         self._pending = self._resumed = None
@@ -403,6 +421,8 @@ class PPOTrainer:
             **parts,
             "iteration": self.iteration,
             "kl_coef": self.kl_coef,
+            "micro_batch_size": self.micro_batch_size,
+            "slots": self.generation.slots,
             "rollout": pending,
         }
 
@@ -416,6 +436,10 @@ class PPOTrainer:
         self.iteration = state["iteration"]
         self.kl_coef = state["kl_coef"]
         self._pending, self._resumed = None, state["rollout"]
+        # Lowered since, by memory that ran out before a roll-back: it would run out again.
+        self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])
+        slots = min(self.generation.slots, state["slots"])
+        self.generation = dataclasses.replace(self.generation, slots=slots)
 
     def _parts(self) -> dict[str, Stateful]:
         parts: dict[str, Stateful | None] = {
@@ -423,6 +447,8 @@ class PPOTrainer:
             "critic": self.engine.critic,
             "ema": self.engine.ema,
             "mixture": self.mixture,
+            "monitor": self.monitor,
             "phases": self.phases,
+            "faults": self.faults,
         }
         return {name: part for name, part in parts.items() if part is not None}

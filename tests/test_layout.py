@@ -15,15 +15,16 @@ LIBRARY = ROOT / "rlhf_kit"
 
 # One line a rank. A file imports what stands above it, or before it on its own line.
 RANKS = [
-    "config distributed functional types integrity training_state",
+    "config distributed functional types integrity signals training_state generators",
     "parameters statistics trust toy_world row_schemas hub_datasets data_files datasets "
     "batch_order row_store blending split_manifest chat_template encoded_cache encoded_rows "
     "tokenization faults metrics plots",
     "models deepspeed_config",
-    "hybrid_engine checkpoint ema",
-    "sft reward rlhf_engine rollout mixture",
+    "hybrid_engine checkpoint checkpoint_directory ema",
+    "sft reward scorer rlhf_engine rollout mixture monitor",
     "ppo invariants",
-    "measure results votes launch pipeline run_directory evaluate report_page report chat cli",
+    "measure results votes launch pipeline run_directory "
+    "training_settings resume evaluate report_page report chat cli",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 ORDER = {name: place for place, name in enumerate(RANK)}
