@@ -176,8 +176,15 @@ class RewardTrainer:
         return float(scores.mean()), max(float(scores.std(unbiased=False)), 1e-6)
 
     def state(self) -> State:
-        """The engine's; which pairs come next follows from its steps."""
-        return {"engine": self.engine.state()}
+        """The engine's, and what faults have changed. The next pairs follow from the steps."""
+        return {
+            "engine": self.engine.state(),
+            "faults": self.faults.state(),
+            "micro_batch_size": self.micro_batch_size,
+        }
 
     def load_state(self, state: State) -> None:
         self.engine.load_state(state["engine"])
+        self.faults.load_state(state["faults"])
+        # Lowered since, by memory that ran out before a roll-back: it would run out again.
+        self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])

@@ -120,8 +120,15 @@ class SFTTrainer:
         return float(distributed.all_sum(total))
 
     def state(self) -> State:
-        """The engine's; which rows come next follows from its steps."""
-        return {"engine": self.engine.state()}
+        """The engine's, and what faults have changed. The next rows follow from the steps."""
+        return {
+            "engine": self.engine.state(),
+            "faults": self.faults.state(),
+            "micro_batch_size": self.micro_batch_size,
+        }
 
     def load_state(self, state: State) -> None:
         self.engine.load_state(state["engine"])
+        self.faults.load_state(state["faults"])
+        # Lowered since, by memory that ran out before a roll-back: it would run out again.
+        self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])

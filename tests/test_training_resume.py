@@ -137,7 +137,7 @@ class Run:
 
     trainer: SFTTrainer
     ema: EMA
-    rows: list[Encoded]
+    rows: Sequence[Encoded]
 
     @classmethod
     def start(cls, *, lora: int = 0, seed: int = 0, **engine: Any) -> Run:
@@ -217,6 +217,12 @@ def halves(case: dict[str, Any]) -> tuple[list[State], list[dict[str, float]]]:
     assert_same(saved(straight.state()), saved(resumed.state()))
     for one, other in zip(straight.weights().values(), resumed.weights().values(), strict=True):
         assert torch.equal(one, other)
+
+    # Rolled back, after a backward pass without a step.
+    trainer = straight.trainer
+    trainer._backward(trainer._batches(straight.rows[:4], 2), tokens=9.0)
+    straight.load_state(restored(middle))
+    assert straight.train(HALF) == second
     return middle, second
 
 
@@ -298,8 +304,10 @@ def ppo_halves(actor: str, reward: str, **changes: Any) -> tuple[list[State], di
 
     resumed, _ = ppo(actor, reward, **changes)
     resumed.load_state(restored(middle))
+    assert resumed.phases.state() == middle[0]["phases"]
     # A look at other prompts, as a notebook takes before its loop, does not lose the rollout.
-    resumed.generate_experience(prompts[0])
+    look = resumed.generate_experience(prompts[0])
+    assert torch.equal(look.sequences[:, : prompts[0].input_ids.shape[1]], prompts[0].input_ids)
     with patch.object(resumed.engine.actor, "generate", side_effect=AssertionError("sampled")):
         again = resumed.generate_experience(prompts[2])
     for name, tensor in vars(experience).items():

@@ -227,7 +227,8 @@ class TrainingEngine:
     def load_state(self, state: State) -> None:
         """Go on from a state, of any number of ranks and ZeRO stage; all ranks must call it.
 
-        ValueError where it belongs to a model with other trained weights.
+        Also in the middle of training: gradients of the weights that go are dropped. ValueError
+        where it belongs to a model with other trained weights.
         """
         parts = self._parts()
         saved = {name: tuple(stored.shape) for name, stored in state["weights"].items()}
@@ -238,6 +239,7 @@ class TrainingEngine:
             f"the checkpoint's trained weights are not this model's, {differ[:1]} first; resume "
             "with the model and the LoRA settings of the run that saved it",
         )
+        self.drop_gradients()
         for part in parts:
             for key, tensor in self._masters(part).items():
                 if part.length:
