@@ -600,13 +600,22 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
             return value
         require(isinstance(value, Mapping), f"{name} must be a mapping, not {value!r}")
         return _build(annotation, value, name)
-    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+    if annotation is float and type(value) in (int, float):
+        require(abs(value) < 1e300, f"{name} must be a finite number, not {_short(value)}")
         return float(value)
     require(
         isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool)),
         f"{name} must be of type {getattr(annotation, '__name__', annotation)}, not {value!r}",
     )
+    if type(value) is int:
+        require(abs(value) < 1 << 63, f"{name} must have less than 64 bits, not {_short(value)}")
     return value
+
+
+def _short(number: float) -> str:
+    """Of an integer of any length: Python refuses to print more than 4,300 digits."""
+    bits = number.bit_length() if isinstance(number, int) else 0
+    return f"an integer of {bits} bits" if bits > 1000 else repr(number)
 
 
 def _build(cls: Any, values: Mapping[str, Any], name: str) -> Any:

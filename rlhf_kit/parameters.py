@@ -83,7 +83,7 @@ def yaml_value(text: str) -> Any:
 
     try:
         return _number(yaml.safe_load(text))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ValueError(f"cannot read the value {text!r}: it is not valid YAML") from None
 
 
@@ -98,10 +98,10 @@ def parameters_of(path: str | Path) -> tuple[Parameter, ...]:
     offset, source = _parameters_cell(path)
     try:
         statements = ast.parse(source).body
-    except SyntaxError as error:
-        line = offset + (error.lineno or 0)
+        comments = _comments(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        line = offset + (getattr(error, "lineno", None) or 0)
         raise ValueError(f"{path}, line {line}: the parameters cell is not Python") from None
-    comments = _comments(source)
     parameters: dict[str, Parameter] = {}
     for node in statements:
         try:
@@ -117,14 +117,17 @@ def _parameters_cell(path: Path) -> tuple[int, str]:
     """How many lines stand before the cell tagged `parameters`, and its source."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError:
-        raise ValueError(f"there is no notebook {path}") from None
+    except (OSError, ValueError):
+        raise ValueError(f"there is no notebook {str(path)!r}, or it is not UTF-8") from None
     if path.suffix == ".ipynb":
-        cells = [
-            (0, "".join(cell["source"]))
-            for cell in json.loads(text)["cells"]
-            if "parameters" in cell["metadata"].get("tags", ())
-        ]
+        try:
+            cells = [
+                (0, "".join(cell["source"]))
+                for cell in json.loads(text)["cells"]
+                if "parameters" in cell["metadata"].get("tags", ())
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{path} is not a notebook: its JSON is broken") from None
     else:
         lines = text.splitlines()
         starts = [i for i, line in enumerate(lines) if CELL.match(line)]
@@ -161,7 +164,7 @@ def _parameter(node: ast.stmt, comments: Mapping[int, tuple[str, bool]], offset:
     )
     try:
         default = ast.literal_eval(node.value)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"the default of {name} must be a literal") from None
     words, line = [], node.lineno - 1
     while line in comments and comments[line][1]:
@@ -220,7 +223,7 @@ def read_recipe(parameters: Sequence[Parameter], path: str | Path) -> dict[str, 
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(f"there is no recipe {path}") from None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ValueError(f"the recipe {path} is not valid YAML") from None
     require(isinstance(recipe, dict), f"the recipe {path} must hold lines of 'name: value'")
     floats = {p.name for p in parameters if p.kind is float}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -28,6 +29,14 @@ from rlhf_kit.types import Message, PreferencePair, PromptBatch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+# The same examples on every run, unless HYPOTHESIS_PROFILE says `dev` or `nightly`.
+hypothesis.settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=100, database=None
+)
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=200)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=5000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 TEXTS = ("Hi.", "Why?", "Name two rivers.", "Is the sky blue at noon?", "Say it again, please!")
 """Contents of prompts, of five lengths."""
