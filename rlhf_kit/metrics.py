@@ -19,6 +19,7 @@ from typing import Any
 
 from rlhf_kit import distributed
 from rlhf_kit.config import require
+from rlhf_kit.faults import Action, record
 from rlhf_kit.training_state import State
 
 FILE_NAME = "metrics.jsonl"
@@ -55,6 +56,10 @@ class MetricsLog:
         self._purge_step = purge_step
         self._file: Any = None
         self._writer: Any = None
+        self._step = 0
+        self._waiting = b""
+        """Lines that are not yet on disk."""
+        self._full = False
         self._reported: set[str] = set()
         self._next_line = 0.0
 
@@ -67,12 +72,14 @@ class MetricsLog:
         if not distributed.is_main_rank():
             return
         numbers = {key: _number(key, value) for key, value in values.items()}
-        file = self._file or self._open()
-        file.write(_line(step, numbers) + "\n")
-        file.flush()
-        if self._writer is not None:
-            for key, value in numbers.items():
-                self._writer.add_scalar(key, value, global_step=step)
+        if self._file is None:
+            self._open(step)
+        self._waiting += _line(step, numbers).encode() + b"\n"
+        self._write(step)
+        with self._tracking(step):
+            if self._writer is not None:
+                for key, value in numbers.items():
+                    self._writer.add_scalar(key, value, global_step=step)
         self._show(step, numbers, bar)
 
     def rewind(self, purge_step: int) -> None:
@@ -82,10 +89,17 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close both files; logging again reopens them."""
-        for handle in (self._file, self._writer):
-            if handle is not None:
-                handle.close()
+        if self._file is not None:
+            self._write(self._step)
+            if self._waiting:
+                lines = self._waiting.count(b"\n")
+                self._say("metrics", "drop", f"the last {lines} lines of {self.path} are lost")
+            self._file.close()
+        with self._tracking(self._step):
+            if self._writer is not None:
+                self._writer.close()
         self._file = self._writer = None
+        self._waiting = b""
         self._purge_step = None
 
     def __enter__(self) -> MetricsLog:
@@ -94,15 +108,61 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> Any:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _repair(self.path, self._purge_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+    def _open(self, step: int) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _repair(self.path, self._purge_step)
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} can't be written ({error.strerror}); free the disk or the "
+                "directory, or choose another run_dir"
+            ) from None
+        with self._tracking(step):
+            if self._tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.path.parent), purge_step=self._purge_step)
-        return self._file
+                self._writer = SummaryWriter(str(self.path.parent), purge_step=self._purge_step)
+
+    def _write(self, step: int) -> None:
+        """What waits, to the last byte; on a full disk it waits for the next step.
+
+        A run is worth more than its log, and a line torn by the end of the disk is completed.
+        """
+        self._step = step
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self._say(
+                    "metrics",
+                    "warn",
+                    f"{self.path} can't be written ({error.strerror}): training goes on, and "
+                    "metrics wait in memory for the disk to be freed",
+                )
+            self._full = True
+
+    @contextmanager
+    def _tracking(self, step: int) -> Iterator[None]:
+        """Where the tracker raises, whatever it is, it is dropped and training goes on."""
+        try:
+            yield
+        except Exception as error:
+            self._step, self._writer, self._tensorboard = step, None, False
+            self._say(
+                "tracker",
+                "drop",
+                f"TensorBoard failed ({type(error).__name__}: {error}) and is left out from here "
+                f"on; {self.path} has all metrics",
+            )
+
+    def _say(self, fault: str, action: Action, sentence: str) -> None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(f"step {self._step}: {sentence}")
+        record(self.path.parent, self._step, fault, action, sentence)
 
     def _show(self, step: int, numbers: Mapping[str, float], bar: Any) -> None:
         from tqdm.auto import tqdm
