@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,8 +19,9 @@ from rlhf_kit.blending import (
     interleave,
     length_bucketed_batches,
     split_of,
+    tempered,
 )
-from rlhf_kit.config import DataConfig, SourceConfig
+from rlhf_kit.config import DataConfig, SourceConfig, preset
 from rlhf_kit.types import STAGES, PreferencePair
 
 SMALL = settings(derandomize=True, max_examples=40, deadline=None)
@@ -189,6 +191,73 @@ def test_a_source_of_demonstrations_gives_the_other_stages_nothing(
         Blend(config(SourceConfig(str(path))), 1)["reward"]
 
 
+def test_a_small_source_with_repeats_keeps_its_share_until_the_large_one_ends():
+    # Weights 1 and 1, three rows and one: the one comes again for as long as the others are new.
+    order = list(interleave([3, 1], [1.0, 1.0], [1, 3]))
+    assert order == [(0, 0), (1, 0), (0, 1), (1, 0), (0, 2)]
+    # At most twice: then the large source goes on alone.
+    assert list(interleave([4, 1], [1.0, 1.0], [1, 2])) == [
+        *[(0, 0), (1, 0), (0, 1), (1, 0)],
+        *[(0, 2), (0, 3)],
+    ]
+    # A source by itself has nothing to keep a share of.
+    assert list(interleave([2], [1.0], [5])) == [(0, 0), (0, 1)]
+
+
+@SMALL
+@given(
+    sizes=st.lists(st.integers(0, 12), min_size=1, max_size=5),
+    seed=st.integers(0, 9),
+    repeats=st.lists(st.integers(1, 4), min_size=5, max_size=5),
+)
+def test_interleaving_gives_every_row_and_none_oftener_than_it_may(
+    sizes: list[int], seed: int, repeats: list[int]
+):
+    weights = [1.0 + (seed * (i + 1)) % 4 for i in range(len(sizes))]
+    order = list(interleave(sizes, weights, repeats[: len(sizes)]))
+    counts = Counter(order)
+    assert set(counts) == {(i, row) for i, size in enumerate(sizes) for row in range(size)}
+    assert all(count <= repeats[source] for (source, _), count in counts.items())
+    # The rule in words: who is furthest behind its share gives next.
+    taken = [0] * len(sizes)
+    for source, row in order:
+        left = [i for i, size in enumerate(sizes) if taken[i] < size * repeats[i]]
+        assert source == min(left, key=lambda i: ((taken[i] + 1) / weights[i], i))
+        assert row == taken[source] % sizes[source]
+        taken[source] += 1
+
+
+def test_a_temperature_evens_the_shares_out(tmp_path: Path):
+    assert tempered([8.0, 2.0], 1) == [8.0, 2.0]
+    flat, square = tempered([8.0, 2.0], 2), tempered([8.0, 2.0], 0.5)
+    assert flat[1] / flat[0] == pytest.approx(0.5)  # sqrt(2 / 8)
+    assert square[1] / square[0] == pytest.approx(1 / 16)
+    assert all(0 < weight <= 1 for weight in tempered([1e9, 1e-9], 1e-3))
+    sources = [
+        SourceConfig(
+            write_pairs(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(300)]), w
+        )
+        for name, w in (("a", 9.0), ("b", 1.0))
+    ]
+    blend = Blend(config(*sources, rows=(0, 80, 0), temperature=2.0), 1)
+    counts = Counter(Path(row.source).name for row in blend["reward"])
+    assert counts == {"a.jsonl": 60, "b.jsonl": 20}  # 9 : 1 has become 3 : 1
+    assert blend.manifest()["temperature"] == 2.0
+
+
+def test_repeated_rows_are_in_the_blend_and_never_in_evaluation(tmp_path: Path):
+    small = SourceConfig(
+        write_pairs(tmp_path / "small.jsonl", [f"s {i}" for i in range(30)]), repeat=50
+    )
+    large = SourceConfig(write_pairs(tmp_path / "large.jsonl", [f"l {i}" for i in range(300)]))
+    blend = Blend(config(small, large, eval_share=0.2), 1)
+    counts = Counter(Path(row.source).name for row in blend["ppo"])
+    assert abs(counts["small.jsonl"] - counts["large.jsonl"]) <= 1
+    assert max(Counter(row.prompt_id for row in blend["ppo"]).values()) > 1
+    held = [row.prompt_id for row in blend.evaluation("ppo")]
+    assert len(set(held)) == len(held)
+
+
 # The blend as a whole
 
 
@@ -290,3 +359,33 @@ def test_an_epochs_order_is_a_permutation_of_its_own():
 def test_fingerprints_tell_sequences_apart():
     assert fingerprint(["ab", "c"]) == fingerprint(iter(["ab", "c"]))
     assert len({fingerprint(ids) for ids in (["ab", "c"], ["c", "ab"], ["a", "bc"], [1, 2])}) == 4
+
+
+def test_fingerprints_are_those_of_the_joined_ids():
+    import hashlib
+
+    joined = hashlib.blake2b(b"ab\nc\n7", digest_size=4).hexdigest()
+    assert fingerprint(["ab", "c", 7]) == joined
+    assert fingerprint([]) == hashlib.blake2b(b"", digest_size=4).hexdigest()
+
+
+def test_the_toy_presets_blend_is_the_one_that_committed_figures_were_made_with():
+    """Another order of rows is another experiment: then every figure is to be made anew."""
+    data = dataclasses.replace(preset("toy").data, rows=(200, 200, 200))
+    blend = Blend(data, 1)
+    assert [len(blend[stage]) for stage in STAGES] == [200, 200, 200]
+    stages = blend.manifest()["stages"]
+    digests = {stage: stages[stage]["digest"] for stage in STAGES}  # type: ignore[index]
+    assert digests == {"sft": "59ae72c4", "reward": "4350bf88", "ppo": "5bc2576d"}
+
+
+def test_the_order_of_a_blend_of_files_is_as_pinned(tmp_path: Path):
+    sources = [
+        SourceConfig(write_pairs(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(n)]), w)
+        for name, n, w in (("a", 100, 3.0), ("b", 40, 0.7), ("c", 10, 1.0))
+    ]
+    blend = Blend(config(*sources, rows=(0, 50, 0), eval_share=0.1), 4)
+    assert [len(blend[stage]) for stage in STAGES] == [26, 50, 59]
+    stages = blend.manifest()["stages"]
+    digests = {stage: stages[stage]["digest"] for stage in STAGES}  # type: ignore[index]
+    assert digests == {"sft": "d7eb1d3b", "reward": "2f9d61bb", "ppo": "2f118e61"}
