@@ -6,7 +6,7 @@ import contextlib
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,9 +159,17 @@ def trusted(path: Path, *, root: Path | None, label: str) -> Path:
     )
     try:
         check_model_directory(real, root=root, verify=True)
-    except ValueError as error:  # without the directory's place, which is nobody's business
-        raise ValueError(str(error).replace(str(real), label)) from None
+    except ValueError as error:
+        text = without_places(str(error), {real: label, root or real: "the run directory"})
+        raise ValueError(text) from None
     return real
+
+
+def without_places(text: str, names: Mapping[Path, str]) -> str:
+    """A sentence without where directories lie, which is nobody's business."""
+    for path, name in names.items():
+        text = text.replace(str(path), name)
+    return text
 
 
 def stamp(path: Path) -> str:

@@ -96,8 +96,9 @@ class History:
         return self.directory / f"{digest}-{name}.jsonl"
 
     def _lines(self, key: Any, name: Any) -> list[dict[str, Any]]:
+        path = self._path(key, name)
         try:
-            text = self._path(key, name).read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
             lines = [json.loads(line) for line in text.splitlines()]
         except (ValueError, OSError):  # none, or none of ours
             return []

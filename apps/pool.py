@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from apps.checkpoints import Checkpoints, stamp
+from apps.checkpoints import Checkpoints, stamp, without_places
 from apps.memory import OutOfMemory, free_host_memory, free_memory, memory_errors
 from rlhf_kit.chat import load_model
 from rlhf_kit.config import require
@@ -239,8 +239,13 @@ class ModelPool:
                 with self._changed:
                     self._changed.wait(0.1)
                 continue
-            with memory_errors(label):
-                value = load(path)
+            try:
+                with memory_errors(label):
+                    value = load(path)
+            except OutOfMemory:
+                raise
+            except ValueError as error:
+                raise ValueError(without_places(str(error), {path: label})) from None
             with self._changed:
                 beside = tuple(model.label for model in self._models.values())
                 model = self._models[key] = Model(key, label, size, value, leases=1)
