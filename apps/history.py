@@ -70,7 +70,7 @@ class History:
             self._bound()
 
     def load(self, key: Any, name: Any) -> dict[str, Any] | None:
-        """{"messages": [...], **about}, or None: an unknown key is no error."""
+        """{"messages": [...], **about}, or None: a key that nobody gave out is no error."""
         lines = self._lines(key, name)
         if not lines or not isinstance(lines[0].get("about"), dict):
             return None
@@ -96,9 +96,8 @@ class History:
         return self.directory / f"{digest}-{name}.jsonl"
 
     def _lines(self, key: Any, name: Any) -> list[dict[str, Any]]:
-        path = self._path(key, name)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = self._path(key, name).read_text(encoding="utf-8")
             lines = [json.loads(line) for line in text.splitlines()]
         except (ValueError, OSError):  # none, or none of ours
             return []

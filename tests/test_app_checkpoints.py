@@ -93,9 +93,7 @@ def test_what_a_training_run_writes_meanwhile_appears(run: Path):
 )
 def test_nothing_from_a_caller_is_a_path(finished: Path, value: object):
     checkpoints = Checkpoints(finished)
-    with pytest.raises(
-        ValueError, match=r"^there is no such checkpoint; choose one from"
-    ):
+    with pytest.raises(ValueError, match=r"^there is no such checkpoint; choose one from"):
         checkpoints.get(value)
     with pytest.raises(ValueError, match=r"^this run has no checkpoint of that name; choose one"):
         checkpoints.named(value)

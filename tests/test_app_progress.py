@@ -155,11 +155,12 @@ def test_no_listing_of_the_directory_gives_a_key_and_others_cannot_read_it(
 
 @pytest.mark.parametrize("key", ["../../../etc/passwd", "", None, "x" * 33, "/" * 32, ["k"]])
 def test_a_key_is_no_path(history: History, tmp_path: Path, key: Any):
-    for use in (lambda: history.save(key, "chat", TALK), lambda: history.load(key, "chat")):
+    for use in (history.save, history.forget):
         with pytest.raises(ValueError, match="this browser's key is none of this server's"):
-            use()
+            use(key, "chat", *[TALK] * (use == history.save))
     with pytest.raises(ValueError, match="a history is chat or compare"):
-        history.load(history.new_key(), "../votes")
+        history.save(history.new_key(), "../votes", TALK)
+    assert history.load(key, "chat") is None and history.jsonl(key, "chat") == ""
     assert list(tmp_path.iterdir()) == []
 
 
