@@ -93,12 +93,14 @@ def find(directory: str | Path, parts: Mapping[str, str]) -> Entry | None:
         return None
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        for name, digest in manifest["sha256"].items():
-            if _sha256(path / name) != digest:
+        for name in (IDS, NUMBERS):
+            if _sha256(path / name) != manifest["sha256"][name]:
                 raise ValueError(f"{name} was changed")
+        details = manifest["details"]
+        if _hash(json.dumps(details)) != manifest["hash"]:
+            raise ValueError(f"{MANIFEST} was changed")
         ids = _mapped(path / IDS, "<i4")
-        numbers = _mapped(path / NUMBERS, "<i8").reshape(-1, manifest["width"])
-        return Entry(ids, numbers, manifest["details"])
+        return Entry(ids, _mapped(path / NUMBERS, "<i8").reshape(-1, details["width"]), details)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print_main(f"cache {path} is damaged ({error}); its rows are encoded again")
         aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=path.parent))
@@ -135,10 +137,11 @@ def write(
                 width = 1 + len(row_numbers)
                 ids.write(np.asarray(row_ids, dtype="<i4").tobytes())
                 numbers.write(np.asarray([end, *row_numbers], dtype="<i8").tobytes())
+        told = {"width": width, **details()}
         manifest = {
             "key": dict(parts),
-            "width": width,
-            "details": details(),
+            "details": told,
+            "hash": _hash(json.dumps(told)),
             "sha256": {name: _sha256(temporary / name) for name in (IDS, NUMBERS)},
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
