@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_kit import distributed
@@ -45,8 +48,17 @@ LIMITS = {
 """Of each limit in FaultConfig: the metric it is about, and what to change."""
 
 
+STOPPED = 3
+"""Exit code of a script whose training was stopped by a fault."""
+LOST = ("closed by peer", "reset by peer", "Timed out waiting", "Broken pipe", "Connection refused")
+"""What collectives say when another rank is gone or does not answer."""
+
+
 class TrainingStopped(RuntimeError):
-    """Training can't go on; the message is for the user. A script ends with exit code 1."""
+    """Training can't go on; the message is for the user."""
+
+    alone = False
+    """Whether this rank stops while the others know nothing of it yet."""
 
 
 class RolledBack(Exception):
@@ -95,11 +107,13 @@ class Faults:
         elif policy == "stop":
             self.stop(fault, what, advice)
 
-    def stop(self, fault: str, what: str, advice: str) -> None:
-        sentence = f"{what}; training stops here; {advice}"
+    def stop(self, fault: str, what: str, advice: str, *, alone: bool = False) -> None:
+        """Raise TrainingStopped, on all ranks or, in the middle of a collective, on one `alone`."""
+        stopped = TrainingStopped(f"{what}; training stops here; {advice}")
+        stopped.alone = alone
         if self.directory is not None:
-            record(self.directory, self.step, fault, "stop", sentence)
-        raise TrainingStopped(sentence)
+            record(self.directory, self.step, fault, "stop", str(stopped), alone=alone)
+        raise stopped
 
     def _go_back(self, fault: str, what: str, advice: str) -> None:
         if self.rolled_back >= self.config.roll_backs:
@@ -264,15 +278,53 @@ class Faults:
         reason = f" ({why})" if why else ""
         advice = f"lower {lower}" if size > 1 or not size else "lower data.max_length"
         advice += ", turn gradient_checkpointing on, or use a higher zero_stage"
-        self.stop("out_of_memory", f"memory ran out in {doing}{rows}{reason}", advice)
+        what = f"memory ran out in {doing}{rows}{reason}"
+        self.stop("out_of_memory", what, advice, alone=bool(why))
 
 
-def record(directory: Path, step: int, fault: str, action: str, sentence: str) -> None:
-    """Append one line to DIR/<stage>/faults.jsonl, from the main rank.
+def explain(error: BaseException) -> str | None:
+    """One sentence for the user about an error that ends training; None for any other error."""
+    if isinstance(error, TrainingStopped):
+        return str(error)
+    if not isinstance(error, RuntimeError) or distributed.world_size() == 1:
+        return None
+    if any(words in str(error) for words in LOST) or isinstance(error, dist.DistError):
+        return (
+            f"rank {distributed.rank()} lost another rank, which died or did not answer in time, "
+            "so training stops here; find the first error among the other ranks' output, and run "
+            "the same again to go on from the last checkpoint"
+        )
+    return None
+
+
+def end_in_one_sentence() -> None:
+    """From here on a fault ends this program with its sentence alone, and exit code 3."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        sentence = explain(error)
+        if sentence is None:
+            return before(kind, error, trace)
+        together = isinstance(error, TrainingStopped) and not error.alone
+        if distributed.is_main_rank() or not together:
+            # Not sys.stderr: torch.distributed swallows what is written there.
+            print(f"error: {sentence}", file=sys.__stderr__, flush=True)
+        sys.stdout.flush()
+        if distributed.world_size() > 1:
+            os._exit(STOPPED)  # to leave the process group could mean to wait for the dead
+        sys.exit(STOPPED)
+
+    sys.excepthook = hook
+
+
+def record(
+    directory: Path, step: int, fault: str, action: str, sentence: str, *, alone: bool = False
+) -> None:
+    """Append one line to DIR/<stage>/faults.jsonl, from the main rank or one that is `alone`.
 
     Where even that can't be written (a full disk is a fault too) the screen has to do.
     """
-    if not distributed.is_main_rank():
+    if not distributed.is_main_rank() and not alone:
         return
     line = {
         "time": round(time.time(), 3),

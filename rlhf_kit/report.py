@@ -17,7 +17,7 @@ from typing import Any
 from rlhf_kit import __version__, report_page
 from rlhf_kit.config import require
 from rlhf_kit.metrics import FILE_NAME, read_metrics
-from rlhf_kit.pipeline import read_record, seconds_of
+from rlhf_kit.pipeline import read_faults, read_record, seconds_of
 from rlhf_kit.results import COMPARISONS, MODELS
 from rlhf_kit.types import STAGES
 
@@ -64,7 +64,7 @@ def build(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     report["verdict"] = verdict(report)
-    report["warnings"] = warnings(report) + _nonfinite(metrics)
+    report["warnings"] = warnings(report) + _nonfinite(metrics) + _faults(read_faults(run))
     report["notes"] = [*evaluation.get("notes", []), *_gaps(summaries, metrics)]
     _write(run / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     _write(run / "report.html", report_page.render(report, metrics))
@@ -164,6 +164,18 @@ def _nonfinite(metrics: Mapping[str, list[dict[str, Any]]]) -> list[str]:
         if bad:
             found.append(f"Stage {stage} logged NaN or infinity in {', '.join(sorted(bad))}.")
     return found
+
+
+def _faults(faults: list[dict[str, Any]]) -> list[str]:
+    """The first of each kind in each stage, and how often it came."""
+    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for fault in faults:
+        kinds.setdefault((fault["stage"], fault["fault"], fault["action"]), []).append(fault)
+    return [
+        f"Stage {stage}, step {found[0]['step']}: {found[0]['sentence']}"
+        + (f" ({len(found)} times in all)." if len(found) > 1 else ".")
+        for (stage, _, _), found in kinds.items()
+    ]
 
 
 # ---- what the stages wrote

@@ -6,6 +6,7 @@ import atexit
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from rlhf_kit import distributed
 from rlhf_kit.config import EngineConfig, OptimizerConfig, require
 from rlhf_kit.deepspeed_config import deepspeed_config
+from rlhf_kit.faults import end_in_one_sentence
 from rlhf_kit.functional import learning_rate_scale
 from rlhf_kit.hybrid_engine import gradients
 from rlhf_kit.hybrid_engine.partitions import (
@@ -23,6 +25,9 @@ from rlhf_kit.hybrid_engine.partitions import (
     publish_masters,
 )
 from rlhf_kit.training_state import Fragment, State
+
+TIMEOUT_VARIABLE = "RLHF_KIT_RANK_TIMEOUT"
+"""Minutes that a rank waits for another one in a collective before it ends, 30 unless set."""
 
 
 def start_deepspeed() -> None:
@@ -52,8 +57,11 @@ def start_deepspeed() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(distributed.local_device())
         deepspeed.init_distributed(
-            dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            timeout=timedelta(minutes=float(os.environ.get(TIMEOUT_VARIABLE, 30))),
+            verbose=False,
         )
+        end_in_one_sentence()
         # Left to the interpreter, gloo's threads now and then abort a finished program.
         atexit.register(_leave)
 
