@@ -25,6 +25,8 @@ from rlhf_kit.types import PreferencePair, Stage
 TOY_WORLD = "toy_world"
 FIRST_ROWS = 1000
 """Rows whose columns decide how a source is read, unless they do not serve the stage."""
+FEW = 8
+"""Places that a report keeps for each reason."""
 NEEDED: dict[Stage, tuple[str, ...]] = {
     "sft": ("chosen",),
     "reward": ("chosen", "rejected"),
@@ -47,10 +49,14 @@ class Report:
     """How many rows were refused, by reason."""
     first: dict[str, str] = field(default_factory=dict)
     """Where the first row of each reason stands: a line of a file or a row of a dataset."""
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """The same of the first few."""
 
     def refuse(self, reason: str, place: str) -> None:
         self.refused[reason] = self.refused.get(reason, 0) + 1
         self.first.setdefault(reason, place)
+        if len(places := self.places.setdefault(reason, [])) < FEW:
+            places.append(place)
 
     def lines(self) -> list[str]:
         """One line of text for each reason."""
@@ -106,51 +112,59 @@ def stream_source(
     *,
     rows: int | None = None,
     split: str = "train",
-    refuse: Callable[[str, str], None] | None = None,
 ) -> Iterator[PreferencePair]:
     """The same rows one by one, for sources larger than memory; not for the toy world.
 
-    What is refused is counted in `report`, printed at the end, and told to `refuse`, where one is
-    given, as (reason, place). Raises what `load_source` raises, some of it after the last row.
+    What is refused is counted in `report`, and printed at the end. Raises what `load_source`
+    raises, some of it after the last row.
     """
-    name = source.name
-    refuse = refuse or report.refuse
-    raw = _numbered(name, split, report, rows, refuse)
-    first = list(islice(raw, FIRST_ROWS))
     try:
-        if not report.read:
-            raise ValueError(f"data source {name} is empty")
-        read = _reader(name, stage, split, rows, first)
-        good = 0
-        for place, row in chain(first, raw):
-            try:
-                pair = read(row)
-                if lacking := [column for column in NEEDED[stage] if getattr(pair, column) is None]:
-                    raise RefusedRow(f"missing column {lacking[0]}")
-            except RefusedRow as refused:
-                refuse(str(refused), place)
-                continue
-            good += 1
-            kind = row.get("kind")
-            yield PreferencePair(
-                pair.prompt,
-                pair.chosen,
-                pair.rejected,
-                kind=kind if isinstance(kind, str) else "",
-                source=name,
-            )
-        if not good:
-            reasons = ", ".join(f"{count} x {why}" for why, count in report.refused.items())
-            raise ValueError(
-                f"data source {name}: none of its {report.read} rows can be used ({reasons})"
-            )
+        for _, pair in numbered_pairs(source.name, stage, report, rows=rows, split=split):
+            yield pair
     finally:
         for line in report.lines():
             print_main(line)
 
 
+def numbered_pairs(
+    name: str, stage: Stage, report: Report, *, rows: int | None = None, split: str = "train"
+) -> Iterator[tuple[str, PreferencePair]]:
+    """The same with the place of each row, and nothing printed about those refused."""
+    raw = _numbered(name, split, report, rows)
+    first = list(islice(raw, FIRST_ROWS))
+    if not report.read:
+        raise ValueError(f"data source {name} is empty")
+    read = _reader(name, stage, split, rows, first)
+    good = 0
+    for place, row in chain(first, raw):
+        try:
+            pair = read(row)
+            if lacking := [column for column in NEEDED[stage] if getattr(pair, column) is None]:
+                raise RefusedRow(f"missing column {lacking[0]}")
+        except RefusedRow as refused:
+            report.refuse(str(refused), place)
+            continue
+        good += 1
+        kind = row.get("kind")
+        yield (
+            place,
+            PreferencePair(
+                pair.prompt,
+                pair.chosen,
+                pair.rejected,
+                kind=kind if isinstance(kind, str) else "",
+                source=name,
+            ),
+        )
+    if not good:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in report.refused.items())
+        raise ValueError(
+            f"data source {name}: none of its {report.read} rows can be used ({reasons})"
+        )
+
+
 def _numbered(
-    name: str, split: str, report: Report, limit: int | None, refuse: Callable[[str, str], None]
+    name: str, split: str, report: Report, limit: int | None
 ) -> Iterator[tuple[str, RawRow]]:
     """Raw rows with their places; counts all of them and refuses what is no JSON object."""
     for place, row in data_files.read(name, split):
@@ -161,7 +175,7 @@ def _numbered(
             yield place, row
         else:
             is_broken = isinstance(row, data_files.Broken)
-            refuse(row.reason if is_broken else "not a JSON object", place)
+            report.refuse(row.reason if is_broken else "not a JSON object", place)
 
 
 def _reader(
@@ -184,7 +198,7 @@ def _reader(
     except ValueError:
         if len(first) < FIRST_ROWS:  # these were all
             raise
-    again = _numbered(name, split, Report(name), limit, lambda *_: None)
+    again = _numbered(name, split, Report(name), limit)
     return _by_columns(name, stage, (row for _, row in again))
 
 
