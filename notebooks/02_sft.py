@@ -29,6 +29,7 @@
 # %% tags=["parameters"]
 preset: str = "toy"  # toy, consumer or cluster
 run_dir: str = "runs/notebooks"  # where models and metrics go
+resume: bool = True  # go on where training was cut short
 seed: int | None = None  # decides data order and initialisation
 actor_model: str | None = None  # hub name or directory of the base model
 epochs: int | None = None  # passes over the demonstrations
@@ -62,6 +63,7 @@ from rlhf_kit.hybrid_engine.training import start_deepspeed
 from rlhf_kit.metrics import MetricsLog, Phases, read_metrics
 from rlhf_kit.models import add_lora, load_causal_lm, resolve_model
 from rlhf_kit.plots import plot_curves, plot_histogram
+from rlhf_kit.resume import Checkpoints
 from rlhf_kit.run_directory import RunDirectory
 from rlhf_kit.sft import SFTTrainer, language_model_forward
 from rlhf_kit.tokenization import (
@@ -484,27 +486,49 @@ if launch.in_notebook():
 #
 # One pass over the demonstrations. The held-out loss is taken before the
 # first step and after the last.
+#
+# Training may be cut short: a full disk, a power cut, or you, who press stop.
+# So everything it depends on is saved now and then: the weights, AdamW's two
+# averages, the random generators, and how far the metrics had come. Run the
+# notebook again and it goes on from there, to the same last bit. Which rows
+# come next needs no saving, since the plan follows from the seed.
 
 # %%
 phases = Phases()
-log = MetricsLog(run.stage("sft"), console=["loss/train"], purge_step=0)
-log(0, {"loss/eval": trainer.evaluate(held_out.rows)})
+log = MetricsLog(run.stage("sft"), console=["loss/train"])
+checkpoints = Checkpoints(
+    run,
+    "sft",
+    {"trainer": trainer, "phases": phases},
+    log=log,
+    data=[train.rows],
+    tokenizer=tokenizer,
+)
+trainer.faults.roll_back = checkpoints.roll_back
+if checkpoints.resume(resume) == 0:
+    log(0, {"loss/eval": trainer.evaluate(held_out.rows)})
+
+# %%
 quiet = None if distributed.is_main_rank() else True  # one bar, in terminals
-bar = tqdm(plan, disable=quiet)
-for step, chosen in enumerate(bar, start=1):
-    with phases("train") as phase:
-        metrics = trainer.step([train.rows[i] for i in chosen])
-        phase.tokens += sum(lengths[i] for i in chosen)
-    metrics["perf/tokens_per_second"] = phase.tokens / phase.seconds
-    log(step, metrics, bar=bar)
+bar = tqdm(checkpoints.remaining(plan), disable=quiet)
+with checkpoints:
+    for step, chosen in bar:
+        with phases("train") as phase:
+            metrics = trainer.step([train.rows[i] for i in chosen])
+            phase.tokens += sum(lengths[i] for i in chosen)
+        metrics["perf/tokens_per_second"] = phase.tokens / phase.seconds
+        log(step, metrics, bar=bar)
+        checkpoints.step(step, metrics)
 log(len(plan), {"loss/eval": trainer.evaluate(held_out.rows)})
 log.close()
 
 # %%
 export(engine.module, tokenizer, run.model("sft"))
 summary = run.finish("sft", phases, steps=len(plan))
+checkpoints.finish()
 
 # %% [markdown]
+# A finished stage needs no checkpoint, so the last line deletes them.
 # The directory `sft/final/` is a model like any other:
 # `AutoModelForCausalLM.from_pretrained` reads it, tokenizer and chat template
 # included.

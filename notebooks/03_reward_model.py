@@ -29,6 +29,7 @@
 # %% tags=["parameters"]
 preset: str = "toy"  # toy, consumer or cluster
 run_dir: str = "runs/notebooks"  # where models and metrics go
+resume: bool = True  # go on where training was cut short
 seed: int | None = None  # decides data order and initialisation
 epochs: int | None = None  # passes over the pairs
 rows: int | None = None  # use at most this many pairs
@@ -63,6 +64,7 @@ from rlhf_kit.models import (
     resolve_model,
     save_normalisation,
 )
+from rlhf_kit.resume import Checkpoints
 from rlhf_kit.reward import RewardTrainer, last_token_scores, prompt_batches
 from rlhf_kit.run_directory import RunDirectory
 from rlhf_kit.tokenization import (
@@ -332,16 +334,32 @@ for margin in (0.0, 1.0, math.log(9), 4.0, 8.0):
 
 # %%
 phases = Phases()
-log = MetricsLog(run.stage("reward"), console=["loss/train"], purge_step=0)
-log(0, trainer.accuracy(held_out.rows))
+log = MetricsLog(run.stage("reward"), console=["loss/train"])
+checkpoints = Checkpoints(
+    run,
+    "reward",
+    {"trainer": trainer, "phases": phases},
+    log=log,
+    data=[train.rows],
+    tokenizer=tokenizer,
+)
+trainer.faults.roll_back = checkpoints.roll_back
+if checkpoints.resume(resume) == 0:
+    log(0, trainer.accuracy(held_out.rows))
+
+# %%
 quiet = None if distributed.is_main_rank() else True  # one bar, in terminals
-bar = tqdm(plan, disable=quiet)
-for step, batch in enumerate(bar, start=1):
-    with phases("train") as phase:
-        metrics = trainer.step([train.rows[i] for i in batch])
-        phase.tokens += sum(train.rows[i].tokens for i in batch)
-    metrics["perf/tokens_per_second"] = phase.tokens / phase.seconds
-    log(step, metrics, bar=bar)
+bar = tqdm(checkpoints.remaining(plan), disable=quiet)
+with checkpoints:
+    for step, batch in bar:
+        with phases("train") as phase:
+            metrics = trainer.step([train.rows[i] for i in batch])
+            phase.tokens += sum(train.rows[i].tokens for i in batch)
+        metrics["perf/tokens_per_second"] = phase.tokens / phase.seconds
+        log(step, metrics, bar=bar)
+        checkpoints.step(step, metrics)
+
+# %%
 accuracy = trainer.accuracy(held_out.rows)
 log(len(plan), accuracy)
 log.close()
@@ -495,6 +513,7 @@ export(scorer, tokenizer, run.model("reward"))
 summary = run.finish(
     "reward", phases, steps=len(plan), mean=mean, std=std, **accuracy
 )
+checkpoints.finish()
 show(f"mean {mean:.3f}, standard deviation {std:.3f}")
 
 # %% [markdown]

@@ -29,6 +29,7 @@
 # %% tags=["parameters"]
 preset: str = "toy"  # toy, consumer or cluster
 run_dir: str = "runs/notebooks"  # where models and metrics go
+resume: bool = True  # go on where training was cut short
 seed: int | None = None  # decides data order, sampling and initialisation
 iterations: int | None = None  # rollout and update rounds
 epochs: int | None = None  # passes over each rollout
@@ -78,6 +79,7 @@ from rlhf_kit.measure import weight_distance
 from rlhf_kit.metrics import MetricsLog, read_metrics
 from rlhf_kit.models import resolve_model
 from rlhf_kit.plots import plot_curves
+from rlhf_kit.resume import Checkpoints
 from rlhf_kit.rollout import PromptLoader, write_samples
 from rlhf_kit.run_directory import RunDirectory
 from rlhf_kit.tokenization import (
@@ -635,35 +637,57 @@ invariants.report(invariants.check_first_batch(trainer, out))
 # samples, scores and shapes (steps 1 to 3 above), `train_rlhf` does the
 # epochs and minibatches (steps 4 to 6). The first batch is generated again,
 # with the same seeds and so the same responses.
+#
+# As in notebook 02, a run that is cut short goes on from its last checkpoint,
+# to the same last bit: actor, critic, their optimisers, the average, the KL
+# coefficient, the random generators, and a rollout that was sampled and not
+# yet learnt from. `between` looks for signals in the middle of an iteration,
+# which may be minutes long on a cluster.
 
 # %%
-log = MetricsLog(
-    run.stage("ppo"), console=["objective/score", "objective/kl"], purge_step=0
+log = MetricsLog(run.stage("ppo"), console=["objective/score", "objective/kl"])
+checkpoints = Checkpoints(
+    run,
+    "ppo",
+    {"trainer": trainer},
+    log=log,
+    data=[prompts.rows, texts.rows],
+    tokenizer=tokenizer,
 )
+trainer.faults.roll_back = checkpoints.roll_back
+checkpoints.resume(resume)
 samples = run.stage("ppo") / "samples.jsonl"
 quiet = None if distributed.is_main_rank() else True  # one bar, in terminals
+bar = tqdm(checkpoints.remaining(prompt_train_dataloader), disable=quiet)
 
 # %%
-for prompt_batch in tqdm(prompt_train_dataloader, disable=quiet):
-    out = trainer.generate_experience(prompt_batch)
-    actor_loss, critic_loss = trainer.train_rlhf(out)
-    if trainer.iteration == args.ppo.critic_warmup_iterations + 1:
-        invariants.report(invariants.check_after_first_step(trainer))
-    log(trainer.iteration, trainer.metrics)
-    rollout = trainer.last_rollout
-    write_samples(samples, trainer.iteration, rollout, out, tokenizer)
+with checkpoints:
+    for iteration, prompt_batch in bar:
+        out = trainer.generate_experience(prompt_batch)
+        checkpoints.between()
+        actor_loss, critic_loss = trainer.train_rlhf(out)
+        if iteration == args.ppo.critic_warmup_iterations + 1:
+            invariants.report(invariants.check_after_first_step(trainer))
+        log(iteration, trainer.metrics, bar=bar)
+        rollout = trainer.last_rollout
+        write_samples(samples, iteration, rollout, out, tokenizer)
+        if directory := run.export_due(iteration):
+            export(engine.actor.module, tokenizer, directory)
+        checkpoints.step(iteration, trainer.metrics)
 log.close()
 
 # %% [markdown]
 # Two models are exported: the last weights and their average. Both are plain
-# directories for `AutoModelForCausalLM`.
+# directories for `AutoModelForCausalLM`. So are those in `ppo/exports/`, the
+# actor every so many iterations (`checkpoint.export_every`).
 
 # %%
-export(engine.actor.module, tokenizer, run.model("final"))
 if engine.ema is not None:
     with engine.ema.swapped_in():
         export(engine.actor.module, tokenizer, run.model("ema"))
+export(engine.actor.module, tokenizer, run.model("final"))
 summary = run.finish("ppo", trainer.phases, iterations=trainer.iteration)
+checkpoints.finish()
 
 # %% [markdown]
 # ## 10. The curves

@@ -1,24 +1,20 @@
 """Exports: a HF directory that plain transformers loads, complete or absent.
 
-Files are written to a temporary directory beside the target and moved in at the end, so that
-metrics that lie there stay. `export.json` comes last: it marks the export complete and carries
-the SHA-256 of every file.
+Files are written to a temporary directory beside the target, which is one rename away from it.
+`export.json` comes last: it marks the export complete and carries the SHA-256 of every file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 
-from rlhf_kit import distributed
+from rlhf_kit import distributed, integrity
 from rlhf_kit.config import require
 from rlhf_kit.models import has_adapters, merged_state_dict, quiet_transformers
 
@@ -51,23 +47,16 @@ def read_marker(directory: str | Path) -> dict[str, Any]:
         is_complete(directory),
         f"{directory} holds no finished export; run the stage that writes it first",
     )
-    return json.loads((Path(directory) / MARKER).read_text())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return integrity.read_manifest(Path(directory), name=MARKER)
 
 
 def verify(directory: str | Path) -> None:
-    """ValueError naming the first file of an export that is missing or has other contents."""
-    for name, digest in read_marker(directory)["sha256"].items():
-        path = Path(directory) / name
-        require(path.is_file(), f"{directory}: {name} is missing; export it again")
-        require(_sha256(path) == digest, f"{directory}: {name} was changed after it was exported")
+    """ValueError naming the first file of an export that is missing, added or changed."""
+    read_marker(directory)
+    try:
+        integrity.verify(Path(directory), name=MARKER)
+    except ValueError as error:
+        raise ValueError(f"{error}; export it again") from None
 
 
 def export(
@@ -83,19 +72,28 @@ def export(
     `details` go into export.json.
     """
     target = Path(directory)
-    temporary = target.with_name(f".{target.name}.tmp")
     with _gathered(model):
         state = merged_state_dict(model) if has_adapters(model) else model.state_dict()
         if distributed.is_main_rank():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
             # contiguous clones: parameters of a ZeRO buffer are views of one large storage
             state = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
-            _save_pretrained(model, state, temporary)
-            tokenizer.save_pretrained(temporary)
-            _finish(temporary, target, dict(details or {}))
+            _require_place(target, sum(tensor.nbytes for tensor in state.values()))
+            try:
+                with integrity.writing(target, details or {}, name=MARKER) as temporary:
+                    _save_pretrained(model, state, temporary)
+                    tokenizer.save_pretrained(temporary)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{target} could not be written: {error}") from error
     distributed.barrier()
     return target
+
+
+def _require_place(target: Path, size: int) -> None:
+    require(
+        is_complete(target) or not target.exists() or not any(target.iterdir()),
+        f"{target} holds other files than an export; move them, or export elsewhere",
+    )
+    integrity.require_space(target, size)
 
 
 def _save_pretrained(model: Any, state: dict, directory: Path) -> None:
@@ -111,22 +109,3 @@ def _save_pretrained(model: Any, state: dict, directory: Path) -> None:
     finally:
         model.config.use_cache = use_cache
         model._hf_peft_config_loaded = peft_loaded
-
-
-def _finish(temporary: Path, target: Path, details: dict[str, Any]) -> None:
-    files = sorted(p for p in temporary.iterdir() if p.is_file())
-    for path in files:
-        path.chmod(0o644)  # safetensors writes 0600, which a shared file system can't read
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    digests = {path.name: _sha256(path) for path in files}
-    # From here on the target is marked unfinished, until every file is in its place.
-    target.mkdir(parents=True, exist_ok=True)
-    (target / MARKER).unlink(missing_ok=True)
-    for stale in target.glob("*.safetensors*"):
-        stale.unlink()
-    for path in files:
-        os.replace(path, target / path.name)
-    (temporary / MARKER).write_text(json.dumps({**details, "sha256": digests}, indent=2) + "\n")
-    os.replace(temporary / MARKER, target / MARKER)
-    temporary.rmdir()

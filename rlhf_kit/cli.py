@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     train_.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in DIR, or start it where there is none",
+        help="go on with the run in DIR, inside the stage too, or start it where there is none",
     )
 
     run_ = command("run", run, "run one notebook as a script; its own --help lists its flags")
@@ -126,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def train(arguments: argparse.Namespace) -> int:
     directory: Path = arguments.output_dir
+    is_new = not (directory / "run.json").is_file()
     record = pipeline.open_run(
         directory,
         preset_name=arguments.preset,
@@ -136,11 +137,17 @@ def train(arguments: argparse.Namespace) -> int:
     was_finished = record["finished"] is not None
     if was_finished:
         print(f"{directory} holds a finished run; its report again:", flush=True)
-    elif code := pipeline.train(directory, record):
+    elif code := pipeline.train(directory, record, is_new=is_new):
+        if code in pipeline.STOPPED:
+            print(f"stopped; {_way_on(directory)}", file=sys.stderr)
         return code
     show_report(directory, written=was_finished and (directory / "report.json").is_file())
     print(f"{directory}: {pipeline.duration(pipeline.seconds_of(record))} of training in all")
     return 0
+
+
+def _way_on(directory: Path) -> str:
+    return f"go on with: rlhf-kit train --output-dir {directory} --resume"
 
 
 def changes(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -278,10 +285,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a name too long, a directory that may not be read
+        print(f"error: {error.strerror or error}: {error.filename}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         hint = ""
         if arguments.command == "train":
-            hint = f"; go on with: rlhf-kit train --output-dir {arguments.output_dir} --resume"
+            hint = f"; {_way_on(arguments.output_dir)}"
         print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
 

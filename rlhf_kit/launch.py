@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,6 +51,8 @@ def read_flags(namespace: dict[str, Any]) -> None:
     if not script or ("ipykernel" in sys.modules and "get_ipython" in namespace):
         return
     os.environ["MPLBACKEND"] = "Agg"
+    # Outside of a loop that saves there is nothing to save; by default this signal kills.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     path = namespace["__file__"]
     try:
         parameters = parameters_of(path)
@@ -89,7 +91,6 @@ def run_notebook(path: str | Path, values: Mapping[str, Any], *, log: str | Path
     """
     path, log = Path(path), Path(log)
     words = [_word(k, v) for k, v in check_values(parameters_of(path), values).items()]
-    log.parent.mkdir(parents=True, exist_ok=True)
     environment = {
         # Threads that wait by spinning make a busy machine many times slower, and a quiet one
         # hardly faster.
@@ -100,7 +101,11 @@ def run_notebook(path: str | Path, values: Mapping[str, Any], *, log: str | Path
         "COLUMNS": str(shutil.get_terminal_size().columns),
         LOG_VARIABLE: str(log.resolve()),
     }
-    with _script(path) as script, open(log, "a", encoding="utf-8") as record:
+    with (
+        _script(path) as script,
+        _opened(log) as record,
+        _passing_on_signals() as hand_over,
+    ):
         record.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {path.name} {' '.join(words)}\n")
         record.flush()
         child = subprocess.Popen(
@@ -109,16 +114,24 @@ def run_notebook(path: str | Path, values: Mapping[str, Any], *, log: str | Path
             stderr=subprocess.PIPE,
             env=environment,
         )
+        hand_over(child)
         tee = threading.Thread(target=_tee, args=(child, record))
         tee.start()
         try:
-            with _passing_on_sigterm(child):
-                return child.wait()
-        except KeyboardInterrupt:  # a terminal has sent Ctrl-C to the child as well
-            _end(child)
+            return child.wait()
+        except KeyboardInterrupt:
+            _wait(child, path.name)
             raise
         finally:
             tee.join()
+
+
+def _opened(log: Path) -> IO[str]:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return open(log, "a", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{log} can't be written ({error.strerror}); choose another") from None
 
 
 def _word(name: str, value: Value) -> str:
@@ -158,8 +171,8 @@ def _tee(child: subprocess.Popen, log: IO[str]) -> None:
                 if chunks[output] == b"":
                     ready.unregister(output.pipe)
                     outputs.remove(output)
-                if chunks[output] is not None:
-                    output.write(chunks[output])
+                if (chunk := chunks[output]) is not None:
+                    output.write(chunk)
 
 
 class _Output:
@@ -189,24 +202,34 @@ class _Output:
 
 
 @contextlib.contextmanager
-def _passing_on_sigterm(child: subprocess.Popen) -> Iterator[None]:
-    """A scheduler's SIGTERM reaches the notebook, not this process alone."""
+def _passing_on_signals() -> Iterator[Callable[[subprocess.Popen], None]]:
+    """SIGTERM and SIGUSR1 reach the notebook, once it was handed over, and not this process."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda child: None
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+
+    def hand_over(child: subprocess.Popen) -> None:
+        for number in before:
+            signal.signal(number, lambda number, _: child.send_signal(number))
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    # The child inherits that SIGUSR1 is ignored: it ends nothing that can't save yet.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        yield
+        yield hand_over
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _end(child: subprocess.Popen) -> None:
-    for stop in (lambda: None, lambda: child.send_signal(signal.SIGINT), child.kill):
-        stop()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=10)
-            return
+def _wait(child: subprocess.Popen, name: str) -> None:
+    """A terminal has sent Ctrl-C to the child as well, which may be saving."""
+    print(f"\nwaiting for {name} to end; Ctrl-C again ends it at once", file=sys.stderr)
+    try:
+        child.wait()
+    except KeyboardInterrupt:
+        child.kill()
+        child.wait()
 
 
 # ---- in a kernel

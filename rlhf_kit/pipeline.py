@@ -2,6 +2,7 @@
 
     DIR/run.json                    configuration, versions, commit, seed, times
     DIR/<stage>/final, DIR/ppo/ema  what the stages export; export.json says that it is whole
+    DIR/<stage>/checkpoints         while a stage trains; it goes on from the last one
     DIR/logs/NN_name.log            all that a notebook printed
 
 There is no second copy of a step here: `train` runs the files in `notebooks/` as scripts.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import shutil
 import signal
@@ -24,17 +24,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit import __version__
+from rlhf_kit import __version__, integrity
 from rlhf_kit.config import PRESETS, from_dict, override, preset, require
 
 EXPORTS = {"sft": "sft/final", "reward": "reward/final", "final": "ppo/final", "ema": "ppo/ema"}
 """The models that a run ends with, by name, and where they lie in its directory."""
 STAGES = (
-    ("02_sft", f"{EXPORTS['sft']}/export.json"),
-    ("03_reward_model", f"{EXPORTS['reward']}/export.json"),
-    ("04_ppo", f"{EXPORTS['final']}/export.json"),
+    ("02_sft", (f"{EXPORTS['sft']}/export.json", "sft/summary.json")),
+    ("03_reward_model", (f"{EXPORTS['reward']}/export.json", "reward/summary.json")),
+    ("04_ppo", (f"{EXPORTS['final']}/export.json", "ppo/summary.json")),
 )
-"""The notebooks, in order, and the file by which each says that it is done."""
+"""The notebooks, in order, and the files by which each says that it is done: its model, and the
+summary, which is written last."""
+STOPPED = {-signal.SIGTERM: 143, -signal.SIGINT: 130, 143: 143, 130: 130}
+"""Exit codes of a notebook that was asked to stop, and what they are on the command line."""
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "safetensors")
 
@@ -88,28 +91,42 @@ def open_run(
         "finished": None,
         "stages": {},
     }
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{directory} can't be made ({error.strerror}); choose another"
+        raise ValueError(message) from None
     write_json(path, record)
     return record
 
 
-def train(directory: Path, record: dict[str, Any]) -> int:
-    """Run the stages that are not done, keep their times in the record; the exit code."""
-    for name, done in STAGES:
-        export = directory / done
-        if export.is_file():
+def train(directory: Path, record: dict[str, Any], *, is_new: bool) -> int:
+    """Run the stages that are not done, keep their times in the record; the exit code.
+
+    A stage that was cut short goes on from its last checkpoint. `is_new`: what this start wrote
+    is taken away again where the first stage refuses its input.
+    """
+    cut_short = record.setdefault("cut_short", {})
+    for name, files in STAGES:
+        if all((directory / done).is_file() for done in files):
             print(f"{name}: done before", flush=True)
             continue
         start = time.monotonic()
-        if code := run_stage(name, directory):
-            if code == 2 and not record["stages"]:
-                forget(directory)
+        code = run_stage(name, directory)
+        record["faults"] = read_faults(directory)
+        if code == 2 and is_new and not record["stages"]:
+            forget(directory)
             return code
-        require(
-            export.is_file(),
-            f"{name} ended without writing {export}, so the run cannot go on",
-        )
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - start + cut_short.pop(name, 0.0)
+        if code:
+            cut_short[name] = round(seconds, 1)
+            write_json(directory / "run.json", record)
+            return code
+        for done in files:
+            require(
+                (directory / done).is_file(),
+                f"{name} ended without writing {directory / done}, so the run cannot go on",
+            )
         record["stages"][name] = {"seconds": round(seconds, 1)}
         write_json(directory / "run.json", record)
         print(f"{name}: {duration(seconds)}", flush=True)
@@ -119,13 +136,18 @@ def train(directory: Path, record: dict[str, Any]) -> int:
 
 
 def run_stage(name: str, directory: Path) -> int:
-    """Run one notebook of the run; 0, 2 where it refused its input, 1 where it failed."""
+    """Run one notebook of the run; 0, 2 where it refused its input, 3 where a fault stopped it.
+
+    1 where it failed; 130 or 143 where it was asked to stop, by SIGINT or SIGTERM.
+    """
     from rlhf_kit.launch import run_notebook
 
     log = directory / "logs" / f"{name}.log"
     code = run_notebook(NOTEBOOKS / f"{name}.py", {"run_dir": str(directory)}, log=log)
-    if code in (0, 2):  # 2: the notebook itself has said in one sentence what is wrong
+    if code in (0, 2, 3):  # the notebook itself has said in one sentence what is wrong
         return code
+    if code in STOPPED:
+        return STOPPED[code]
     print(f"error: {name} {ending(code)}; its last lines:", file=sys.stderr)
     for line in log.read_text(encoding="utf-8").splitlines()[-5:]:
         print(f"  {line}", file=sys.stderr)
@@ -168,11 +190,23 @@ def read_record(directory: Path) -> dict[str, Any]:
     return record
 
 
+def read_faults(directory: Path) -> list[dict[str, Any]]:
+    """The faults of all stages, as `rlhf_kit.faults` recorded them; a torn last line is dropped."""
+    found = []
+    for stage in ("sft", "reward", "ppo"):
+        path = directory / stage / "faults.jsonl"
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write whole or not at all; ValueError where it can't be written."""
+    try:
+        integrity.write_file(path, json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"{path} can't be written ({error.strerror})") from None
 
 
 def seconds_of(record: Mapping[str, Any]) -> float:

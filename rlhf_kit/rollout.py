@@ -60,18 +60,20 @@ class PromptLoader:
         return self.iterations
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        per_epoch = len(self.rows) // self.batch_size
-        ranks, rank = distributed.world_size(), distributed.rank()
-        for iteration in range(self.iterations):
-            epoch, position = divmod(iteration, per_epoch)
-            order = epoch_order(len(self.rows), seed=self.seed, epoch=epoch)
-            start = position * self.batch_size
-            places = range(start, start + self.batch_size)[rank::ranks]
-            yield collate_prompts(
-                self.tokenizer,
-                [self.rows[order[place]] for place in places],
-                seeds=[derive_seed("sample", self.seed, iteration, p) for p in places],
-            )
+        return (self[iteration] for iteration in range(self.iterations))
+
+    def __getitem__(self, iteration: int) -> PromptBatch:
+        """The batch of an iteration, from 0, whatever came before: a resumed run asks for it."""
+        epoch, position = divmod(iteration, len(self.rows) // self.batch_size)
+        order = epoch_order(len(self.rows), seed=self.seed, epoch=epoch)
+        start = position * self.batch_size
+        places = range(start, start + self.batch_size)
+        places = places[distributed.rank() :: distributed.world_size()]
+        return collate_prompts(
+            self.tokenizer,
+            [self.rows[order[place]] for place in places],
+            seeds=[derive_seed("sample", self.seed, iteration, p) for p in places],
+        )
 
 
 def _by_micro_batch(

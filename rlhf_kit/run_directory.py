@@ -4,6 +4,8 @@ DIR/run.json               the configuration, when `rlhf-kit train` started the 
 DIR/sft/final              the SFT model           DIR/sft/metrics.jsonl, summary.json
 DIR/reward/final           the reward model        DIR/reward/metrics.jsonl, summary.json
 DIR/ppo/final, DIR/ppo/ema the actor, its average  DIR/ppo/metrics.jsonl, summary.json
+DIR/<stage>/checkpoints    while a stage trains: what it goes on from when it is cut short
+DIR/ppo/exports/step-...   the actor every so many iterations (checkpoint.export_every)
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from rlhf_kit.pipeline import EXPORTS, read_record, write_json
 from rlhf_kit.types import Stage
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunDirectory:
     """A run's directory and its configuration."""
 
     path: Path
     config: RunConfig
     started: float
-    """time.monotonic() when it was opened, for the stage's seconds."""
+    """time.monotonic() when it was opened, for the stage's seconds; a stage that goes on moves it
+    back by what was spent before."""
 
     @classmethod
     def open(cls, path: str | Path, *, preset_name: str, **changes: Any) -> RunDirectory:
@@ -56,14 +59,25 @@ class RunDirectory:
         )
 
     def stage(self, stage: Stage) -> Path:
-        """DIR/<stage>, made if missing."""
+        """DIR/<stage>, made if missing; ValueError where that is not possible."""
         directory = self.path / stage
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{directory} can't be made ({error.strerror}); choose another run_dir"
+            ) from None
         return directory
 
     def model(self, name: str) -> Path:
         """Where the export `sft`, `reward`, `final` or `ema` lies, or is to be written."""
         return self.path / EXPORTS[name]
+
+    def export_due(self, iteration: int) -> Path | None:
+        """Where to export the actor after this iteration of PPO; None where it is not time."""
+        every = self.config.checkpoint.export_every
+        due = every > 0 and iteration % every == 0
+        return self.path / "ppo" / "exports" / f"step-{iteration:08d}" if due else None
 
     def sft_model(self) -> str:
         """The SFT model of this run, or the base model, said aloud, where there is none yet."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from conftest import copied, prompt_rows, same_weights
 from transformers import AutoModelForCausalLM
 
-from rlhf_kit import checkpoint
+from rlhf_kit import checkpoint, integrity
 from rlhf_kit.checkpoint import export, is_complete, read_marker, verify
 from rlhf_kit.config import DataConfig, EngineConfig, LoRAConfig, OptimizerConfig, SFTConfig
 from rlhf_kit.hybrid_engine.training import TrainingEngine
@@ -178,32 +179,25 @@ def test_verify_names_a_file_that_was_changed_or_is_missing(name: str, exported:
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} was changed after it was exported"):
+    with pytest.raises(ValueError, match=f"{name} was changed after it was written; export it again"):
         verify(exported)
     path.unlink()
     with pytest.raises(ValueError, match=f"{name} is missing; export it again"):
         verify(exported)
 
 
-def test_an_interrupted_export_is_not_complete(
-    exported: Path, model_dir: ModelDir, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_first_export_leaves_nothing(
+    model_dir: ModelDir, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    moved = []
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
 
-    def replace(source: Path, target: Path) -> None:
-        if len(moved) == 2:
-            raise KeyboardInterrupt
-        moved.append(source)
-        target.write_bytes(Path(source).read_bytes())
-
-    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    monkeypatch.setattr(integrity, "publish", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export(load_causal_lm(model_dir(), tokenizer), tokenizer, exported)
-    assert not is_complete(exported)
+        export(load_causal_lm(model_dir(), tokenizer), tokenizer, tmp_path / "sft")
+    assert not list(tmp_path.iterdir()) and not is_complete(tmp_path / "sft")
     with pytest.raises(ValueError, match="holds no finished export; run the stage"):
-        read_marker(exported)
-    monkeypatch.undo()
-    verify(export(load_causal_lm(model_dir(), tokenizer), tokenizer, exported))
+        read_marker(tmp_path / "sft")
 
 
 def test_an_export_that_fails_while_writing_leaves_the_old_one_whole(
@@ -213,20 +207,50 @@ def test_an_export_that_fails_while_writing_leaves_the_old_one_whole(
     monkeypatch.setattr(
         tokenizer, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
     )
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match="sft could not be written: disk full"):
         export(load_causal_lm(model_dir("opt"), tokenizer), tokenizer, exported)
     verify(exported)
     assert read_marker(exported) == before
 
 
-def test_a_second_export_replaces_the_first_and_keeps_what_else_lies_there(
+def test_a_second_export_replaces_the_first_as_a_whole(
     exported: Path, model_dir: ModelDir, tokenizer: Any
 ):
-    (exported / "metrics.jsonl").write_text("{}\n")
     (exported / "model-00001-of-00002.safetensors").write_bytes(b"stale")
+    with pytest.raises(ValueError, match="model-00001-of-00002.safetensors does not belong there"):
+        verify(exported)
     export(load_causal_lm(model_dir("opt"), tokenizer), tokenizer, exported)
     verify(exported)
-    assert (exported / "metrics.jsonl").read_text() == "{}\n"
     assert [path.name for path in exported.glob("*.safetensors")] == ["model.safetensors"]
     assert json.loads((exported / "config.json").read_text())["model_type"] == "opt"
     assert not list(exported.parent.glob(".*"))
+
+
+def test_an_export_never_replaces_a_directory_of_other_things(
+    model_dir: ModelDir, tokenizer: Any, tmp_path: Path
+):
+    (tmp_path / "thesis.txt").write_text("all my work")
+    model = load_causal_lm(model_dir(), tokenizer)
+    with pytest.raises(ValueError, match="holds other files than an export; move them"):
+        export(model, tokenizer, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "all my work"
+
+
+def test_an_export_can_be_read_by_all_and_goes_through_a_link(
+    model_dir: ModelDir, tokenizer: Any, tmp_path: Path
+):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "sft").symlink_to(tmp_path / "elsewhere")
+    export(load_causal_lm(model_dir(), tokenizer), tokenizer, tmp_path / "sft")
+    assert (tmp_path / "sft").is_symlink()
+    verify(tmp_path / "elsewhere")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "elsewhere").iterdir()} == {0o644}
+
+
+def test_an_export_that_does_not_fit_on_the_disk_is_not_begun(
+    exported: Path, model_dir: ModelDir, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(integrity.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    with pytest.raises(ValueError, match="has 0.0 GiB free and .* GiB are needed; free some space"):
+        export(load_causal_lm(model_dir(), tokenizer), tokenizer, exported)
+    verify(exported)

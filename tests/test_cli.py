@@ -42,10 +42,11 @@ if mode == "kill":
     os.kill(os.getpid(), 9)
 if mode == "wait":
     time.sleep(60)
-if mode != "forget":
-    done = Path(run_dir, "{done}")
-    done.parent.mkdir(parents=True, exist_ok=True)
-    done.write_text("{{}}")
+if mode and mode.isdigit():
+    raise SystemExit(int(mode))
+for done in {files} if mode != "forget" else []:
+    Path(run_dir, done).parent.mkdir(parents=True, exist_ok=True)
+    Path(run_dir, done).write_text("{{}}")
 """
 
 
@@ -54,8 +55,8 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three notebooks that only say that they are done, and a report of one line."""
     notebooks = tmp_path / "kit" / "notebooks"
     notebooks.mkdir(parents=True)
-    for name, done in pipeline.STAGES:
-        (notebooks / f"{name}.py").write_text(STAGE.format(name=name, done=done))
+    for name, files in pipeline.STAGES:
+        (notebooks / f"{name}.py").write_text(STAGE.format(name=name, files=files))
     monkeypatch.setattr(pipeline, "NOTEBOOKS", notebooks)
     fake = types.ModuleType("rlhf_kit.report")
     fake.build = lambda run_dir: f"report of {run_dir}"  # type: ignore[attr-defined]
@@ -136,6 +137,58 @@ def test_resume_goes_on_with_the_stage_that_failed(tmp_path: Path, capfd, monkey
     out = capfd.readouterr().out
     assert "02_sft: done before" in out and "02_sft with" not in out
     assert list(record_of(run)["stages"]) == ["02_sft", "03_reward_model", "04_ppo"]
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_stage_that_was_asked_to_stop_is_no_failure(tmp_path: Path, capfd, monkeypatch, code):
+    run = tmp_path / "run"
+    monkeypatch.setenv("03_reward_model", str(code))
+    assert start(run) == code
+    err = capfd.readouterr().err
+    assert err == f"stopped; go on with: rlhf-kit train --output-dir {run} --resume\n"
+    assert list(record_of(run)["cut_short"]) == ["03_reward_model"]
+
+
+def test_the_time_of_a_stage_counts_all_its_starts(tmp_path: Path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setenv("02_sft", "143")
+    assert start(run) == 143
+    record = record_of(run)
+    record["cut_short"]["02_sft"] = 1000.0
+    pipeline.write_json(run / "run.json", record)
+    monkeypatch.delenv("02_sft")
+    assert start(run, "--resume") == 0
+    assert 1000 <= record_of(run)["stages"]["02_sft"]["seconds"] < 1100
+    assert record_of(run)["cut_short"] == {}
+
+
+def test_what_a_stage_has_written_stays_when_a_later_start_is_refused(tmp_path: Path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setenv("02_sft", "143")
+    assert start(run) == 143
+    saved = run / "sft" / "checkpoints" / "step-00000010"
+    saved.mkdir(parents=True)
+    monkeypatch.setenv("02_sft", "refuse")
+    assert start(run, "--resume") == 2
+    assert saved.is_dir() and (run / "run.json").is_file()
+
+
+def test_a_stage_without_its_summary_is_not_done(tmp_path: Path, capfd):
+    run = tmp_path / "run"
+    assert start(run) == 0
+    record = record_of(run)
+    pipeline.write_json(run / "run.json", {**record, "finished": None})
+    (run / "ppo" / "summary.json").unlink()  # killed between the export and the summary
+    assert start(run, "--resume") == 0
+    out = capfd.readouterr().out
+    assert "03_reward_model: done before" in out and "04_ppo: done before" not in out
+
+
+def test_a_run_that_cannot_be_written_is_refused_in_one_sentence(tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("")
+    assert start(tmp_path / "file" / "run") == 2
+    err = capsys.readouterr().err
+    assert "can't be made (Not a directory); choose another" in err and err.count("\n") == 1
 
 
 def test_resume_refuses_other_settings(tmp_path: Path, capsys, monkeypatch):
@@ -223,7 +276,10 @@ def test_ctrl_c_ends_the_run_and_names_the_way_on(tmp_path: Path):
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err == f"\ninterrupted; go on with: rlhf-kit train --output-dir {run} --resume\n"
+    assert err == (
+        "\nwaiting for 02_sft.py to end; Ctrl-C again ends it at once\n"
+        f"\ninterrupted; go on with: rlhf-kit train --output-dir {run} --resume\n"
+    )
 
 
 # ---- the rest
