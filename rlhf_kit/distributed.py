@@ -110,6 +110,15 @@ def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     return [mine[start : start + size] for start in range(0, len(mine), size)]
 
 
+def filled(rows: Sequence[Row], filler: Row) -> list[Row]:
+    """`rows` and as many fillers as make them an even share for each rank.
+
+    Ranks meet in every pass, so none may have one less. The caller sees to it that a filler
+    counts nothing; fillers come last, and a rank has one at most.
+    """
+    return [*rows, *[filler] * (-len(rows) % world_size())]
+
+
 def all_max(value: torch.Tensor) -> torch.Tensor:
     """The elementwise maximum of `value` over all ranks; all ranks must call it."""
     if world_size() == 1:

@@ -77,7 +77,7 @@ def check_after_first_step(trainer: PPOTrainer) -> list[Check]:
 
 def _first_ratio(trainer: PPOTrainer, experience: Experience) -> Check:
     """Old and new logprobs of the first micro-batch come from one function, so rho is 1."""
-    rows = experience.rows(torch.arange(min(trainer.config.micro_batch_size, len(experience))))
+    rows = experience.rows(torch.arange(min(trainer.micro_batch_size, len(experience))))
     length = rows.response_mask.shape[1]
     ids, mask, kept, _ = trim(rows.sequences, rows.attention_mask, length)
     trainer.engine.actor.train()

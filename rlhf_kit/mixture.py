@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kit import distributed
+from rlhf_kit import distributed, fingerprint
 from rlhf_kit.config import RunConfig, exact_div, require
 from rlhf_kit.functional import language_model_loss, mixture_weight
 from rlhf_kit.hybrid_engine.training import TrainingEngine
@@ -73,17 +73,26 @@ class MixtureLoss:
                 "set ppo.mixture.kind to coef, or actor_engine.zero_stage to 2",
             )
 
-    def _batches(self, size: int | None = None) -> list[SFTBatch]:
-        """This step's micro-batches of this rank, of `size` rows or as the config says."""
+    def _drawn(self, step: int) -> list[Encoded]:
+        """The texts of a step, of all ranks."""
         generator = torch.Generator().manual_seed(
-            distributed.derive_seed("mixture", self.seed, self.steps)
+            distributed.derive_seed("mixture", self.seed, step)
         )
         index = torch.randint(len(self.rows), (self.batch_size,), generator=generator)
-        rows = [self.rows[i] for i in index.tolist()]
+        return [self.rows[i] for i in index.tolist()]
+
+    def _batches(self, size: int | None = None) -> list[SFTBatch]:
+        """This step's micro-batches of this rank, of `size` rows or as the config says."""
         return [
             collate_sft(part, pad_token_id=self.pad_token_id).to(self.actor.device)
-            for part in distributed.micro_batches(rows, size or self.micro_batch_size)
+            for part in distributed.micro_batches(
+                self._drawn(self.steps), size or self.micro_batch_size
+            )
         ]
+
+    def fingerprint(self, steps: range) -> int:
+        """The number of the texts of these steps."""
+        return fingerprint.of_batch(row.input_ids for step in steps for row in self._drawn(step))
 
     def tokens(self) -> float:
         """Loss tokens of this step's text, over all ranks."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_kit import distributed
+from rlhf_kit import distributed, fingerprint
 from rlhf_kit import functional as f
 from rlhf_kit.config import GenerationConfig, RunConfig, require
 from rlhf_kit.faults import Faults, RolledBack
@@ -41,6 +41,15 @@ def _count(mask: Tensor) -> int:
     return int(distributed.all_sum(mask.sum()))
 
 
+def _fingerprint(prompts: PromptBatch) -> int:
+    """The number of the prompts and sampling seeds of all ranks."""
+    rows = zip(prompts.seeds.tolist(), prompts.input_ids, prompts.attention_mask, strict=True)
+    mine = fingerprint.of_batch([seed, *ids[mask].tolist()] for seed, ids, mask in rows)
+    # A float would round what a 32-bit number says.
+    total = distributed.all_sum(torch.tensor(mine, device=distributed.local_device()))
+    return int(total) % fingerprint.BELOW
+
+
 class PPOTrainer:
     """The PPO loop's two calls, and the state between them: KL coefficient and counters.
 
@@ -61,7 +70,9 @@ class PPOTrainer:
         """
         self.engine = engine
         self.faults = faults or Faults(args.faults)
-        self.micro_batch_size = args.ppo.micro_batch_size
+        # Many ranks may have less than a micro-batch of a minibatch each.
+        ranks = distributed.world_size()
+        self.micro_batch_size = min(args.ppo.micro_batch_size, args.ppo.minibatch_size // ranks)
         self.monitor = Monitor(args, engine.tokenizer)
         self.args = args
         self.config = args.ppo
@@ -113,6 +124,7 @@ class PPOTrainer:
                 opinions=opinions,
             )
             self._rollout_metrics |= self._watch(rollout, experience)
+            self._rollout_metrics["data/fingerprint"] = _fingerprint(prompts)
             phase.tokens += _count(experience.attention_mask)
         self._pending = experience
         return experience
@@ -198,6 +210,7 @@ class PPOTrainer:
         """All epochs and minibatches over one experience; returns the iteration's metrics."""
         self.faults.step = self.iteration + 1
         metrics = {**self._rollout_metrics, "objective/kl_coef": self.kl_coef}
+        texts = self.mixture.steps if self.mixture is not None else 0
         with contextlib.suppress(RolledBack), self._going_on():
             with self.phases("train") as phase:
                 metrics |= self._train(experience)
@@ -209,6 +222,10 @@ class PPOTrainer:
                     policy = self.args.monitor.policy
                     self.faults.act("reward_hacking", policy, what, ADVICE[name])
         self._steer_kl(metrics)
+        if self.mixture is not None and "data/fingerprint" in metrics:
+            mixed = self.mixture.fingerprint(range(texts, self.mixture.steps))
+            total = int(metrics["data/fingerprint"]) + mixed
+            metrics["data/fingerprint"] = total % fingerprint.BELOW
         self.iteration += 1
         self._pending = self._resumed = None
         measured = self.iteration == 1 or self.iteration % EMA_DISTANCE_EVERY == 0
@@ -262,15 +279,22 @@ class PPOTrainer:
         return {**means, "ppo/epochs_done": epochs_done}
 
     def _order(self, rows: int, epoch: int) -> Tensor:
-        """The rows' order in an epoch: as sampled in the first, a fresh permutation after it.
+        """The order of this rank's rows in an epoch: as sampled in the first, a fresh one later.
 
         Prompts come in random order already, and the first epoch's micro-batches must be the
-        ones that old logprobs were computed in.
+        ones that old logprobs were computed in. Later, of the places c, c + M, c + 2M ... of the
+        global batch each minibatch of M rows takes one at random, for every c: an even share of
+        every rank's rows (those of place modulo ranks), and the same rows on any number of them.
         """
         if epoch == 0:
             return torch.arange(rows)
+        ranks, rank = distributed.world_size(), distributed.rank()
+        size = min(self.config.minibatch_size, rows * ranks)
         seed = distributed.derive_seed("ppo", self.args.seed, self.iteration, epoch)
-        return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+        chance = torch.Generator().manual_seed(seed)
+        turns = torch.rand(size, rows * ranks // size, generator=chance).argsort(dim=1)
+        places = torch.arange(size).unsqueeze(1) + size * turns  # [c, minibatch]
+        return places[rank::ranks].T.flatten() // ranks
 
     def _diverged(self, metrics: dict[str, float]) -> bool:
         """Whether the approximate KL of this minibatch (of all ranks) is over the limit."""

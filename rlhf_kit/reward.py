@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_kit import distributed
+from rlhf_kit import distributed, fingerprint
 from rlhf_kit.config import RewardConfig
 from rlhf_kit.distributed import derive_seed
 from rlhf_kit.faults import Faults
@@ -107,7 +107,11 @@ class RewardTrainer:
         self.faults.step = self.engine.steps_done + 1
         totals = self._within_memory("training", lambda size: self._backward(rows, size))
         summed = distributed.all_sum(torch.stack(list(totals.values())))
-        metrics = dict(zip(totals, summed.tolist(), strict=True))
+        metrics: dict[str, float] = dict(zip(totals, summed.tolist(), strict=True))
+        metrics["data/fingerprint"] = fingerprint.of_batch(
+            [row.chosen.prompt_length, *row.chosen.input_ids, *row.rejected.input_ids]
+            for row in rows
+        )
         info = self.faults.step_if_finite(metrics, self.engine)
         if info is None:
             return {**metrics, "faults/skipped": 1.0}
@@ -116,11 +120,14 @@ class RewardTrainer:
     def _backward(self, rows: Sequence[EncodedPair], size: int) -> dict[str, Tensor]:
         """Add the gradients of this rank's micro-batches; its share of the metrics."""
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.engine.device))
-        for part in distributed.micro_batches(rows, size):
+        left = len(rows[distributed.rank() :: distributed.world_size()])
+        for part in distributed.micro_batches(distributed.filled(rows, rows[0]), size):
             chosen, rejected = self._pair_scores(part)
+            count = min(len(part), left)  # a filler is scored, so that ranks meet, and left out
+            left -= count
             loss, metrics = pairwise_loss(
-                chosen,
-                rejected,
+                chosen[:count],
+                rejected[:count],
                 denominator=float(len(rows)),
                 margin=self.config.margin,
                 center_coef=self.config.center_coef,

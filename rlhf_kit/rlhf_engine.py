@@ -91,7 +91,9 @@ class RLHFEngine:
         ppo, ranks = args.ppo, distributed.world_size()
         local = exact_div(ppo.minibatch_size, ranks, "ppo.minibatch_size / ranks")
         exact_div(
-            local, ppo.micro_batch_size, "ppo.minibatch_size on each rank / ppo.micro_batch_size"
+            local,
+            min(ppo.micro_batch_size, local),
+            "ppo.minibatch_size on each rank / ppo.micro_batch_size",
         )
         updates = ppo.epochs * exact_div(
             ppo.batch_size, ppo.minibatch_size, "ppo.batch_size / ppo.minibatch_size"

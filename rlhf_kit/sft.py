@@ -6,11 +6,12 @@ Shapes: B batch, T sequence tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from rlhf_kit import distributed
+from rlhf_kit import distributed, fingerprint
 from rlhf_kit.config import SFTConfig
 from rlhf_kit.faults import Faults
 from rlhf_kit.functional import language_model_loss
@@ -49,10 +50,12 @@ class SFTTrainer:
         self.micro_batch_size = config.micro_batch_size
 
     def _batches(self, rows: Sequence[Encoded], size: int) -> list[SFTBatch]:
-        """This rank's micro-batches, on the device."""
+        """This rank's micro-batches, on the device; rows without loss make the shares even."""
+        row = min(rows, key=lambda row: row.length)
+        shared = distributed.filled(rows, replace(row, prompt_length=row.length))
         return [
             collate_sft(part, pad_token_id=self.pad_token_id).to(self.engine.device)
-            for part in distributed.micro_batches(rows, size)
+            for part in distributed.micro_batches(shared, size)
         ]
 
     def _loss_tokens(self, rows: Sequence[Encoded]) -> float:
@@ -74,7 +77,12 @@ class SFTTrainer:
             undo=self.engine.drop_gradients,
             whole=self.engine.config.zero_stage < 3,
         )
-        metrics = {"loss/train": float(distributed.all_sum(total))}
+        metrics = {
+            "loss/train": float(distributed.all_sum(total)),
+            "data/fingerprint": fingerprint.of_batch(
+                [row.prompt_length, *row.input_ids] for row in rows
+            ),
+        }
         info = self.faults.step_if_finite(metrics, self.engine)
         if info is None:
             return {**metrics, "faults/skipped": 1.0}

@@ -15,8 +15,7 @@ LIBRARY = ROOT / "rlhf_kit"
 
 # One line a rank. A file imports what stands above it, or before it on its own line.
 RANKS = [
-    "config distributed functional types integrity signals training_state generators "
-    "fingerprint",
+    "config distributed functional types integrity signals training_state generators fingerprint",
     "parameters statistics trust toy_world row_schemas hub_datasets data_files datasets "
     "batch_order row_store blending split_manifest chat_template encoded_cache encoded_rows "
     "tokenization faults metrics plots",
