@@ -21,6 +21,11 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def printable(name: str) -> str:
+    """A name that a user gave, for a message of one line."""
+    return name if name.isprintable() else repr(name)
+
+
 def exact_div(a: int, b: int, what: str) -> int:
     """a / b, refusing a remainder; `what` names the two settings for the message."""
     require(b > 0 and a % b == 0, f"{what}: {a} is not a multiple of {b}; change one of them")
@@ -620,8 +625,11 @@ def _short(number: float) -> str:
 
 def _build(cls: Any, values: Mapping[str, Any], name: str) -> Any:
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(printable(str(key)) for key in values if key not in hints)
     require(not unknown, f"unknown setting {name + '.' if name else ''}{', '.join(unknown)}")
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
+    missing = [key for key in needed if key not in values]
+    require(not missing, f"{name or 'the configuration'} lacks {', '.join(missing)}")
     return cls(
         **{k: _convert(v, hints[k], f"{name}.{k}" if name else k) for k, v in values.items()}
     )
@@ -629,8 +637,7 @@ def _build(cls: Any, values: Mapping[str, Any], name: str) -> Any:
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """The inverse of `RunConfig.to_dict`; ValueError names an unknown key or a wrong type."""
-    missing = [k for k in ("preset", "actor_model", "reward_model") if k not in values]
-    require(not missing, f"the configuration lacks {', '.join(missing)}")
+    require(isinstance(values, Mapping), "a configuration must be a mapping of settings")
     return _build(RunConfig, values, "")
 
 
@@ -647,9 +654,12 @@ def override(config: RunConfig, **changes: Any) -> RunConfig:
         *path, leaf = name.split("__")
         node = values
         for key in path:
-            require(isinstance(node.get(key), dict), f"unknown setting {name.replace('__', '.')}")
+            require(
+                isinstance(node.get(key), dict),
+                f"unknown setting {printable(name).replace('__', '.')}",
+            )
             node = node[key]
-        require(leaf in node, f"unknown setting {name.replace('__', '.')}")
+        require(leaf in node, f"unknown setting {printable(name).replace('__', '.')}")
         node[leaf] = value
     return from_dict(values)
 

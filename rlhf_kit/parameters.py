@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit.config import require
+from rlhf_kit.config import printable, require
 
 Value = bool | int | float | str | None
 KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
@@ -184,7 +184,7 @@ def _named(parameters: Sequence[Parameter], name: str) -> Parameter:
             return parameter
     near = difflib.get_close_matches(name, [p.name for p in parameters], n=1)
     hint = f"; did you mean {near[0]}?" if near else "; --help lists those there are"
-    raise ValueError(f"unknown parameter {name}{hint}")
+    raise ValueError(f"unknown parameter {printable(name)}{hint}")
 
 
 def parse_flags(parameters: Sequence[Parameter], words: Iterable[str]) -> dict[str, Value]:
