@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -56,13 +55,20 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
         return (kind or AutoTokenizer).from_pretrained(
             str(path), local_files_only=is_local, trust_remote_code=False
         )
-    except Exception as error:  # the Rust side raises nothing narrower
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the Rust side is no Exception
         raise ValueError(
-            f"the tokenizer in {name_or_path} cannot be read: {error}"
+            f"the tokenizer in {name_or_path} cannot be read: {first_line(error)}"
             if is_local
             else f"{name_or_path} is no local directory, and the hub gave no tokenizer of that "
             "name; check the spelling, or download it and give the directory"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -170,12 +176,18 @@ def _render(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], *, generate: bool
 ) -> str:
     try:
-        text = tokenizer.apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=generate
+        text = str(
+            tokenizer.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=generate
+            )
         )
-    except TemplateError as error:
-        raise RefusedDialogue(f"the chat template refuses a dialogue: {error}") from error
-    return str(text)
+        text.encode("utf-8")  # a lone surrogate of the template's own
+    except MemoryError:
+        raise
+    except Exception as error:  # its own refusal, or whatever its expressions run into
+        reason = first_line(error)
+        raise RefusedDialogue(f"the chat template refuses a dialogue: {reason}") from error
+    return text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, originals: dict[int, str]) -> list[int]:

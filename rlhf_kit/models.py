@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_kit.chat_template import first_line
 from rlhf_kit.config import LoRAConfig, require
 from rlhf_kit.trust import check_model_directory, check_settings, parameter_count
 
@@ -153,7 +154,7 @@ def _in_one_sentence(name: str, local: bool) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"the model in {name} cannot be loaded: {reason}"
             if local

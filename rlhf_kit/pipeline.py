@@ -183,10 +183,17 @@ def read_record(directory: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(f"{directory} holds no run: there is no {path}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not {"config", "stages", "finished"} <= record.keys():
         raise ValueError(f"{path} is not the record of a run; choose another directory")
+    stages = record["stages"].values() if isinstance(record["stages"], dict) else [None]
+    require(
+        isinstance(record["config"], dict)
+        and isinstance(record["finished"], str | None)
+        and all(isinstance(s, dict) and type(s.get("seconds")) in (int, float) for s in stages),
+        f"{path} is broken: config, stages or finished is not what a run writes there",
+    )
     return record
 
 
