@@ -61,12 +61,11 @@ class History:
             "the conversation is too long to be kept; begin a new one",
         )
         with self._lock:
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            partial = path.with_suffix(".partial")
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write("".join(lines))
-            os.replace(partial, path)
+            try:
+                self._write(path, "".join(lines))
+            except OSError as error:
+                why = error.strerror or error
+                raise ValueError(f"the conversation could not be kept: {why}") from error
             self._bound()
 
     def load(self, key: Any, name: Any) -> dict[str, Any] | None:
@@ -94,6 +93,14 @@ class History:
         require(isinstance(name, str) and name in NAMES, f"a history is {' or '.join(NAMES)}")
         digest = hashlib.sha256(key.encode()).hexdigest()[:32]
         return self.directory / f"{digest}-{name}.jsonl"
+
+    def _write(self, path: Path, text: str) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        partial = path.with_suffix(".partial")
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(partial, path)
 
     def _lines(self, key: Any, name: Any) -> list[dict[str, Any]]:
         try:

@@ -247,6 +247,9 @@ class ModelPool:
             except ValueError as error:
                 raise ValueError(without_places(str(error), {path: label})) from None
             with self._changed:
+                for old in list(self._models):  # the same checkpoint, before it was written anew
+                    if old.split()[0] == key.split()[0] and not self._models[old].leases:
+                        del self._models[old]
                 beside = tuple(model.label for model in self._models.values())
                 model = self._models[key] = Model(key, label, size, value, leases=1)
                 self._use(model)

@@ -125,7 +125,8 @@ class Progress:
             if a not in found or b not in found:
                 continue
             key = (a, b, self._stamp(found[a]), self._stamp(found[b]))
-            with self._lock:
+            # one that is not trusted has no distance; whoever chooses it hears why
+            with self._lock, contextlib.suppress(ValueError):
                 if key not in self._distances:
                     directories = (self.checkpoints.directory(found[x].id) for x in (a, b))
                     self._distances[key] = Distance(a, b, *weight_distances(*directories))

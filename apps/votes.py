@@ -220,16 +220,19 @@ class Arena:
         """One line, on the disk when this returns; a torn line before it is ended first."""
         line = json.dumps(vote, ensure_ascii=False).encode() + b"\n"
         with self._writing:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # two servers may show one run
-                end = file.seek(0, os.SEEK_END)
-                if end:
-                    file.seek(end - 1)
-                    line = line if file.read(1) == b"\n" else b"\n" + line
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # two servers may show one run
+                    if end := file.seek(0, os.SEEK_END):
+                        file.seek(end - 1)
+                        line = line if file.read(1) == b"\n" else b"\n" + line
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                why = error.strerror or error
+                raise ValueError(f"the vote could not be written to {VOTES}: {why}") from error
 
     def _votes(self) -> list[dict[str, Any]]:
         """All votes of the file, read again when it has changed."""

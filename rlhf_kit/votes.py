@@ -1,7 +1,18 @@
 """Votes of the app -> preferences that notebook 03 trains on.
 
-RUN_DIR/votes.jsonl holds one JSON object a line. A vote that was given while the answers still
-streamed is written again when they are whole, under the same `id`: the last line of an id counts.
+RUN_DIR/votes.jsonl holds one JSON object a line:
+
+    id, time, verdict     of the comparison; UTC; `a`, `b`, `tie` or `both_bad`
+    blind                 whether the models were hidden until the vote
+    while_streaming       whether it was given before both answers had ended
+    prompt                the dialogue, as messages; a system prompt first
+    settings, seed        temperature, top_p, max_new_tokens, attempt (retries); of both answers
+    a, b                  by pane, left and right: checkpoint, response, tokens, ended_by (`end`,
+                          `length`, `context`, `stopped`, `time`; "" while it streamed), and
+                          scores where the voter had asked for them
+
+A vote that was given while the answers still streamed is written again when they have ended,
+under the same `id`: the last line of an id counts. Nothing in the file tells who voted.
 """
 
 from __future__ import annotations

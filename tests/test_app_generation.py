@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -264,6 +265,20 @@ def test_weights_that_are_not_finite_are_said_to_be(bench: Workbench):
         lease.value.decoder.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="the model's logits are not finite"):
         list(stream(bench))
+
+
+def test_a_checkpoint_that_was_written_anew_is_loaded_anew(run: Path, tmp_path: Path):
+    bench = Workbench(shutil.copytree(run, tmp_path / "run"))
+    old = last(stream(bench))
+    final, ema = (bench.checkpoints.root / "ppo" / name for name in ("final", "ema"))
+    other = last(stream(bench, name="ema")).text
+    for file in ema.iterdir():
+        shutil.copyfile(file, final / file.name)
+    assert last(stream(bench)).text == other != old.text
+    with pytest.raises(ValueError, match="final was written anew since this answer; ask again"):
+        bench.scoring.scores(old.answer)
+    assert sorted(bench.pool.loaded()) == ["EMA", "final"]
+    bench.close()
 
 
 # ---- two at once

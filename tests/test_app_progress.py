@@ -86,6 +86,13 @@ def test_a_row_a_checkpoint_with_what_the_report_and_the_votes_say(bench: Workbe
     assert rows["step-00000004"].step == 4 and rows["step-00000004"].measured_score is None
 
 
+def test_a_checkpoint_that_is_not_trusted_has_a_row_without_a_distance(bench: Workbench):
+    weights = bench.checkpoints.root / "ppo/final/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    rows = {row.name: row for row in bench.progress.rows()}
+    assert rows["final"].to_sft is None and rows["ema"].to_sft is not None
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"gold": {"sft": 5}}', '{"gold": null}'])
 def test_a_report_that_is_none_is_no_report(bench: Workbench, text: str):
     (bench.checkpoints.root / "report.json").write_text(text)

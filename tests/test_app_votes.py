@@ -191,6 +191,16 @@ def test_many_threads_write_whole_lines_behind_a_torn_one(bench: Workbench):
     }
 
 
+def test_a_vote_that_cannot_be_written_is_an_error_and_may_be_given_again(bench: Workbench):
+    both = compared(bench)
+    bench.arena.path.mkdir()
+    with pytest.raises(ValueError, match="^the vote could not be written to votes.jsonl: Is a "):
+        bench.arena.vote(both.comparison, "a", session="s")
+    bench.arena.path.rmdir()
+    bench.arena.vote(both.comparison, "a", session="s")
+    assert len(lines(bench)) == 1
+
+
 def test_the_win_rate_counts_a_side_wherever_it_stood():
     def vote(a: str, b: str, verdict: str) -> dict[str, Any]:
         return {"a": {"checkpoint": a}, "b": {"checkpoint": b}, "verdict": verdict, "blind": True}

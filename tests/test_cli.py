@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -315,6 +317,39 @@ def test_report_and_chat_refuse_a_directory_that_is_none(tmp_path: Path, capsys)
     assert "there is no directory" in capsys.readouterr().err
     assert cli.main(["chat", str(tmp_path), "--top-p", "2"]) == 2
     assert capsys.readouterr().err == "error: top_p must be above 0 and at most 1\n"
+
+
+def test_the_app_gets_what_the_command_line_says(tmp_path: Path, monkeypatch, capsys):
+    kit = pipeline.NOTEBOOKS.parent
+    (kit / "apps").mkdir(parents=True)
+    (kit / "apps" / "chat.py").touch()
+    given = []
+
+    def serve(run_dir: Path, **settings: object) -> int:
+        given.append((run_dir, settings))
+        return 0
+
+    monkeypatch.setitem(sys.modules, "apps.chat", SimpleNamespace(main=serve))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    words = ["--port", "8000", "--host", "0.0.0.0", "--share", "--language", "zh"]
+    assert cli.main(["app", str(tmp_path), *words]) == 0
+    assert cli.main(["app", str(tmp_path)]) == 0
+    assert given == [
+        (tmp_path, {"host": "0.0.0.0", "port": 8000, "share": True, "language": "zh"}),
+        (tmp_path, {"host": "127.0.0.1", "port": None, "share": False, "language": None}),
+    ]
+    assert cli.main(["app", str(tmp_path), "--port", "99999"]) == 2
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["app", str(tmp_path)]) == 2
+    (kit / "apps" / "chat.py").unlink()
+    assert cli.main(["app", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: --port must be from 1 to 65535, not 99999",
+        "error: the app needs Gradio, which is not installed: pip install -e '.[app]'",
+        f"error: there is no app in {kit}; start it from a checkout of the repository, "
+        "installed with pip install -e .",
+    ]
 
 
 @pytest.mark.parametrize(
