@@ -5,6 +5,7 @@ Two ranks run this file as a program, through torchrun.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -24,12 +25,14 @@ from rlhf_kit.config import (
     DataConfig,
     EMAConfig,
     EngineConfig,
+    FaultConfig,
     LoRAConfig,
     OptimizerConfig,
     SFTConfig,
     preset,
 )
 from rlhf_kit.ema import EMA
+from rlhf_kit.faults import RolledBack, TrainingStopped
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.models import add_lora
 from rlhf_kit.ppo import PPOTrainer
@@ -251,6 +254,35 @@ def test_a_state_of_other_trained_weights_is_refused_and_nothing_changes(ours: i
     assert_same(before, saved(run.state()))
 
 
+def test_sizes_that_memory_has_lowered_stay_low_after_a_resume_and_after_a_roll_back():
+    before, low = Run.start(), Run.start()
+    low.trainer.micro_batch_size = 1
+    resumed = Run.start()
+    resumed.load_state(restored(saved(low.state())))
+    assert resumed.trainer.micro_batch_size == 1 < before.trainer.micro_batch_size
+    low.load_state(restored(saved(before.state())))
+    assert low.trainer.micro_batch_size == 1
+
+
+def test_a_roll_back_counts_although_the_checkpoint_has_counted_none():
+    run = Run.start()
+    start, faults = saved(run.state()), run.trainer.faults
+
+    def roll_back() -> int:
+        run.load_state(restored(start))
+        return 0
+
+    faults.roll_back, faults.config = roll_back, FaultConfig(roll_backs=2)
+    for _ in range(2):
+        with pytest.raises(RolledBack):
+            faults.act("kl", "roll_back", "the KL is large", "lower it")
+    with pytest.raises(TrainingStopped, match="again"):
+        faults.act("kl", "roll_back", "the KL is large", "lower it")
+    resumed = Run.start()
+    resumed.load_state(restored(saved(run.state())))
+    assert resumed.trainer.faults.rolled_back == 2
+
+
 # PPO ----------------------------------------------------------------------------------------
 
 
@@ -350,12 +382,16 @@ def test_ppo_stopped_after_a_step_samples_the_next_rollout(
 ):
     straight, prompts = ppo(model_dir(), reward_dir)
     learn(straight, prompts[0])
+    straight.micro_batch_size, straight.faults.rolled_back = 1, 1
+    straight.generation = dataclasses.replace(straight.generation, slots=3)
     state = straight.state()
     assert state["rollout"] is None
     assert set(state["phases"]["totals"]) == {"generate", "score", "train"}
     resumed, _ = ppo(model_dir(), reward_dir)
     resumed.load_state(restored(saved(state)))
     assert resumed.phases.to_dict() == straight.phases.to_dict()
+    assert resumed.generation == straight.generation
+    assert (resumed.micro_batch_size, resumed.faults.rolled_back) == (1, 1)
     assert no_times(learn(resumed, prompts[1])) == no_times(learn(straight, prompts[1]))
 
 
