@@ -7,17 +7,20 @@ quotes another. This file counts them: exactly, after normalisation, and by n-gr
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf_kit.blending import Blend
+from rlhf_kit.config import DataConfig
 from rlhf_kit.types import STAGES, PreferencePair
 
 NGRAM = 8
@@ -65,6 +68,25 @@ def split_manifest(blend: Blend) -> dict[str, Any]:
             "ngram": ngram_leaks(parts),
         },
     }
+
+
+def write_manifest(config: DataConfig, file: Path) -> None:
+    """Blend `config`, print what the splits share, and write the manifest. ValueError for users."""
+    manifest = split_manifest(Blend(config, seed=1))
+    try:
+        file.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error.strerror or error}") from error
+    leaks = manifest["leaks"]
+    print(
+        f"{file}: {leaks['exact']} prompts in two splits, {leaks['normalised']} more or less equal "
+        "ones (case and spaces apart)"
+    )
+    for stage, shares in leaks["ngram"].items():
+        print(
+            f"  {stage}: {shares['any']:.1%} of the evaluation prompts share {NGRAM} words in a "
+            "row with a training prompt"
+        )
 
 
 def _hashes(rows: Sequence[PreferencePair], *, as_is: bool) -> np.ndarray:

@@ -18,13 +18,14 @@ RANKS = [
     "config distributed functional types integrity signals training_state generators fingerprint",
     "parameters statistics trust toy_world row_schemas hub_datasets data_files datasets "
     "batch_order row_store blending split_manifest chat_template encoded_cache encoded_rows "
-    "tokenization faults metrics plots",
+    "tokenization data_preview data_check faults metrics plots",
     "models deepspeed_config",
     "hybrid_engine checkpoint checkpoint_directory ema",
     "sft reward scorer rlhf_engine rollout mixture monitor",
     "ppo invariants",
     "measure results votes launch pipeline run_directory "
-    "training_settings resume evaluate report_page report chat cli",
+    "training_settings resume evaluate report_page report cell_runner "
+    "rank_process cluster preflight chat data_command cli",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 ORDER = {name: place for place, name in enumerate(RANK)}
