@@ -245,6 +245,23 @@ def test_running_out_of_memory_is_an_error_and_never_an_answer(
     assert last(stream(bench)).tokens > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_without_memory_is_an_error_and_what_was_taken_is_free_again(bench: Workbench):
+    assert last(stream(bench)).tokens > 0
+    pool_module.free_memory()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        with pytest.raises(OutOfMemory, match="^memory ran out while final was in use"):
+            list(endless(bench))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    until_idle(bench)
+    assert torch.cuda.memory_allocated() == before
+    assert last(stream(bench)).tokens > 0
+
+
 def test_a_model_larger_than_the_memory_is_refused(open_bench: Callable[..., Workbench]):
     with pytest.raises(OutOfMemory, match=r"^final takes 0\.00 GB with room to work, but only 0"):
         list(stream(open_bench(memory=10)))
