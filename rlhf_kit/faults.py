@@ -82,6 +82,8 @@ class Faults:
         self.config = config or FaultConfig()
         self.directory = directory
         self.roll_back: Callable[[], int | None] | None = None
+        self.place: list[tuple[Any, str]] = []
+        """Attributes (owner, name) that say where in data and schedules training is."""
         self.step = 0
         """Optimiser step, or iteration of PPO, that is going on."""
         self.rolled_back = 0
@@ -120,9 +122,12 @@ class Faults:
             again = "again, and it has gone back to a checkpoint before" if self.rolled_back else ""
             return self.stop(fault, f"{what} {again}".strip(), advice)
         before = self.rolled_back  # the checkpoint has counted fewer
+        place = [(owner, name, getattr(owner, name)) for owner, name in self.place if owner]
         found = self.roll_back() if self.roll_back is not None else None
         if found is None:
             return self.stop(fault, f"{what}, and there is no checkpoint to go back to", advice)
+        for owner, name, value in place:
+            setattr(owner, name, value)
         self.rolled_back = before + 1
         self.in_a_row = 0
         self._outside.clear()
@@ -164,21 +169,16 @@ class Faults:
         return False
 
     def step_if_finite(self, metrics: Mapping[str, float], engine: Any) -> Any | None:
-        """The StepInfo of `engine.step()`, or None where the minibatch was left out.
-
-        The schedule goes on where it was, also after a roll-back.
-        """
-        steps = engine.steps_done
+        """The StepInfo of `engine.step()`, or None where the minibatch was left out."""
         try:
             if not self.finite(metrics, [engine]):
                 return None
             info = engine.step()
             if not info.applied:  # a sum over ranks too large for its terms
                 self.nonfinite("NaN or infinity in the gradient")
-            return info if info.applied else None
         except RolledBack:
-            engine.steps_done = steps
             return None
+        return info if info.applied else None
 
     def nonfinite(self, what: str) -> None:
         """A minibatch was left out; after too many in a row go back, or stop."""

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -86,6 +86,12 @@ class PPOTrainer:
             self.mixture = MixtureLoss(mixture_rows, engine, args)
         elif self.config.mixture.kind != "none":
             distributed.print_main("no texts for the mixture loss were given: it is off")
+        self.faults.place = [
+            (self, "iteration"),
+            (engine.actor, "steps_done"),
+            (engine.critic, "steps_done"),
+            (self.mixture, "steps"),
+        ]
         self.metrics: dict[str, float] = {}
         self._rollout_metrics: dict[str, float] = {}
         self._pending: Experience | None = None
@@ -156,7 +162,7 @@ class PPOTrainer:
             assert isinstance(found, Rollout)
             return found
         # No update with such a gradient is applied: the weights themselves are out of range.
-        with contextlib.suppress(RolledBack), self._going_on():
+        with contextlib.suppress(RolledBack):
             policy = "stop" if self.faults.config.nonfinite == "stop" else "roll_back"
             self.faults.act(
                 "nonfinite",
@@ -184,23 +190,6 @@ class PPOTrainer:
         )
         return result
 
-    @contextlib.contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """A roll-back inside takes the models back, but not the place in data and schedules."""
-        actor, critic, mixture = self.engine.actor, self.engine.critic, self.mixture
-        place = self.iteration, actor.steps_done, critic.steps_done
-        texts = mixture.steps if mixture is not None else 0
-        used = self.phases.state()
-        try:
-            yield
-        except RolledBack:
-            self.iteration, actor.steps_done, critic.steps_done = place
-            if mixture is not None:
-                mixture.steps = texts
-            self.phases.load_state(used)
-            self._pending = self._resumed = None
-            raise
-
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
         """`step`, returning the actor's and the critic's mean loss as DeepSpeed Chat does."""
         metrics = self.step(experience)
@@ -211,7 +200,7 @@ class PPOTrainer:
         self.faults.step = self.iteration + 1
         metrics = {**self._rollout_metrics, "objective/kl_coef": self.kl_coef}
         texts = self.mixture.steps if self.mixture is not None else 0
-        with contextlib.suppress(RolledBack), self._going_on():
+        with contextlib.suppress(RolledBack):
             with self.phases("train") as phase:
                 metrics |= self._train(experience)
                 phase.tokens += int(_count(experience.attention_mask) * metrics["ppo/epochs_done"])

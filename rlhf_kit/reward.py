@@ -80,6 +80,7 @@ class RewardTrainer:
         self.config = config
         self.pad_token_id = pad_token_id
         self.faults = faults or Faults()
+        self.faults.place = [(engine, "steps_done")]
         self.micro_batch_size = config.micro_batch_size
 
     def _within_memory(self, doing: str, attempt: Callable[[int], Result]) -> Result:

@@ -47,6 +47,7 @@ class SFTTrainer:
         self.config = config
         self.pad_token_id = pad_token_id
         self.faults = faults or Faults()
+        self.faults.place = [(engine, "steps_done")]
         self.micro_batch_size = config.micro_batch_size
 
     def _batches(self, rows: Sequence[Encoded], size: int) -> list[SFTBatch]:
