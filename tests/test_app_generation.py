@@ -23,6 +23,7 @@ from apps.votes import PairEvent
 from apps.workbench import Workbench
 from rlhf_kit.chat import load_session
 from rlhf_kit.config import GenerationConfig
+from rlhf_kit.hybrid_engine.decode import _Run
 
 LONG = Limits(new_tokens=20_000)
 """Answers that take many seconds: nothing but a stop ends them within a test."""
@@ -319,6 +320,30 @@ def test_turns_are_fair(bench: Workbench):
     events.close()
     gained = end.a.tokens - start.a.tokens, end.b.tokens - start.b.tokens
     assert abs(gained[0] - gained[1]) <= 2  # a token each, and an event between two of them
+
+
+def test_the_device_does_one_forward_pass_at_a_time(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+):
+    inside: list[object] = []
+    most: list[int] = []
+    forward = _Run._forward
+
+    def watched(run: _Run, *arguments: Any) -> torch.Tensor:
+        inside.append(run)
+        try:
+            time.sleep(0)  # another thread's chance
+            return forward(run, *arguments)
+        finally:
+            most.append(len(inside))
+            inside.remove(run)
+
+    monkeypatch.setattr(_Run, "_forward", watched)
+    events = compare_endlessly(bench)
+    assert next(e for e in events if min(e.a.tokens, e.b.tokens) > 100)
+    events.close()
+    until_idle(bench)
+    assert len(most) > 200 and max(most) == 1
 
 
 def one_model(bench: Workbench) -> int:
