@@ -26,6 +26,8 @@ from rlhf_kit.distributed import print_main
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parquet")
 SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
 FUNCTION = re.compile(r"(?P<where>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
+LARGEST_LINE, LARGEST_LIST = 1 << 26, 1 << 30
+"""Bytes, unpacked, of one line and of one JSON list: a small archive can hold any number."""
 LARGEST_CELL = 1 << 24
 """Bytes of one CSV field; beyond it a quote that is never closed has swallowed the file."""
 BROKEN_ARCHIVE = (gzip.BadGzipFile, EOFError, zlib.error)
@@ -49,12 +51,8 @@ def read(name: str, split: str) -> Numbered:
     Raises:
         ValueError: the source does not exist, is of no kind that can be read, or breaks off.
     """
-    path = Path(name).expanduser()
-    try:
-        is_there = path.exists()
-    except (OSError, ValueError):  # a name too long, or with a NUL: no path of a file
-        is_there = False
-    if not is_there:
+    path = hub_datasets.local_path(name)
+    if path is None:
         if FUNCTION.fullmatch(name):
             return _call(name)
         require(not _looks_like_path(name), f"file {name} does not exist")
@@ -82,6 +80,7 @@ def _looks_like_path(name: str) -> bool:
 
 def _read_file(path: Path) -> Numbered:
     require(path.name.endswith(SUFFIXES), f"file {path} is none of {', '.join(SUFFIXES)}")
+    require(path.is_file(), f"file {path} is no plain file")
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     rows = {"csv": _read_csv, "parquet": _read_parquet}.get(kind, _read_json)(path)
     try:
@@ -96,6 +95,15 @@ def _open(path: Path) -> Any:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
+def _lines(file: Any, path: Path) -> Iterator[bytes]:
+    while line := file.readline(LARGEST_LINE + 1):
+        require(
+            len(line) <= LARGEST_LINE,
+            f"file {path} has a line of more than {LARGEST_LINE >> 20} MiB; is it text?",
+        )
+        yield line
+
+
 def _read_json(path: Path) -> Numbered:
     is_json = ".json" in path.suffixes
     with _open(path) as file:
@@ -106,7 +114,13 @@ def _read_json(path: Path) -> Numbered:
         )
         file.seek(0)
         if is_json and start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-            rows = _parse(file.read())
+            text = file.read(LARGEST_LIST + 1)
+            require(
+                len(text) <= LARGEST_LIST,
+                f"file {path} is a JSON list of more than {LARGEST_LIST >> 20} MiB; write a row a "
+                "line (.jsonl) instead",
+            )
+            rows = _parse(text)
             require(isinstance(rows, list), f"file {path} begins as a JSON list but is none")
             yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
             return
@@ -115,7 +129,7 @@ def _read_json(path: Path) -> Numbered:
             not is_one_object,
             f"file {path} is one JSON object; write a list of rows, or a row a line",
         )
-        for i, line in enumerate(file, 1):
+        for i, line in enumerate(_lines(file, path), 1):
             if line.strip():
                 yield f"line {i}", _parse(line)
 
@@ -131,7 +145,7 @@ def _read_csv(path: Path) -> Numbered:
     """Rows by the header's names; an empty cell is a missing value."""
     csv.field_size_limit(LARGEST_CELL)
     with _open(path) as binary:
-        lines = (_text(line, path) for line in binary)
+        lines = (_text(line, path) for line in _lines(binary, path))
         reader = csv.reader(lines, strict=True)
         try:
             header = next(reader, [])
@@ -254,7 +268,7 @@ def _call(source: str) -> Numbered:
         require(callable(function), f"data source {source}: {where} has no function {name}")
         assert function is not None
         rows = iter(function())
-    except ValueError:
+    except (ValueError, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise ValueError(_its_error(source, error)) from error
@@ -290,7 +304,10 @@ def _module(where: str) -> Any:
 
 def _its_error(source: str, error: BaseException) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
+    where, line = place.filename, place.lineno
+    if isinstance(error, SyntaxError):
+        where, line = error.filename or where, error.lineno
     return (
-        f"data source {source}: your function failed at {place.filename}, line {place.lineno}: "
+        f"data source {source}: your function failed at {where}, line {line}: "
         f"{type(error).__name__}: {_first_line(error)}"
     )

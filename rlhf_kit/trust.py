@@ -8,7 +8,6 @@ nothing of it is run. SECURITY.md says what this defends against and what it doe
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_kit.config import require
+from rlhf_kit.integrity import sha256
 
 MEBIBYTE = 1 << 20
 SIZES = {
@@ -362,12 +362,8 @@ def _verify(path: Path, names: set[str]) -> None:
         raise ValueError(f"{path / 'export.json'} has no sha256 of the files; export it again")
     for name, digest in digests.items():
         require(name in names, f"{path}: {_short(name)} is missing; export it again")
-        with (path / name).open("rb") as file:
-            sha256 = hashlib.sha256()
-            while block := file.read(MEBIBYTE):
-                sha256.update(block)
         require(
-            sha256.hexdigest() == digest,
+            sha256(path / name) == digest,
             f"{path}: {name} was changed after it was exported; export it again",
         )
     for name in sorted(names & (SIZES.keys() | TEXT_SIZES.keys() | {WEIGHTS}) - {"export.json"}):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_fuzz_settings import one_sentence, values
 
-from rlhf_kit import data_files, pipeline
+from rlhf_kit import data_files, integrity, pipeline
 from rlhf_kit.chat_template import encode_prompt, encode_response
 from rlhf_kit.checkpoint import export
 from rlhf_kit.config import SourceConfig, preset
@@ -117,6 +117,31 @@ def test_a_broken_archive_is_one_sentence(place: Path, noise: bytes, where: int,
         one_sentence(error)
     else:
         assert all(pair.chosen == GOOD["chosen"] for pair in found.pairs)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz", "rows.csv.gz", "rows.jsonl"])
+def test_a_small_archive_cannot_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.setattr(data_files, "LARGEST_LINE", 10_000)
+    monkeypatch.setattr(data_files, "LARGEST_LIST", 10_000)
+    content = b"[" * (".json." in name) + b"a" * 20_000
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(ValueError, match="of more than"):
+        load_source(SourceConfig(str(tmp_path / name)), "sft")
+
+
+@pytest.mark.parametrize("name", ["rows.pkl", "rows.py", "rows.pt", "rows.arrow", "rows.npy", "x"])
+def test_a_data_file_of_another_kind_is_never_opened(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(ValueError, match="is none of"):
+        load_source(SourceConfig(str(tmp_path / name)), "sft")
+
+
+def test_a_dataset_with_a_script_has_its_json_read_and_its_script_left(tmp_path: Path):
+    (tmp_path / "script.py").write_text("raise SystemExit('the script ran')")
+    (tmp_path / "train.jsonl").write_text(json.dumps(GOOD))
+    assert len(load_source(SourceConfig(str(tmp_path)), "reward").pairs) == 1
 
 
 # run.json ----------------------------------------------------------------------------------
@@ -233,6 +258,32 @@ def test_any_change_to_an_export_is_noticed(place: Path, exported: Path, data: s
             if file.name != "export.json"
         )
         assert harmless or same
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a resume checkpoint looks like from outside."""
+    target = tmp_path_factory.mktemp("sealed") / "step-00000020"
+    with integrity.writing(target, {"step": 20}) as temporary:
+        (temporary / "state.json").write_text(json.dumps({"step": 20, "seed": 1}))
+        (temporary / "rank-0.safetensors").write_bytes(bytes(range(256)) * 4)
+    return target
+
+
+@given(st.data())
+def test_any_change_to_a_sealed_directory_is_noticed(
+    place: Path, sealed: Path, data: st.DataObject
+):
+    directory, changed = spoiled(sealed, place / "sealed", data)
+    try:
+        manifest = integrity.verify(directory)
+    except Exception as error:
+        one_sentence(error)
+        assert changed
+    else:
+        assert manifest["step"] == 20
+        for name in ("state.json", "rank-0.safetensors"):
+            assert (directory / name).read_bytes() == (sealed / name).read_bytes()
 
 
 # Chat templates ----------------------------------------------------------------------------
