@@ -58,6 +58,7 @@ from rlhf_kit.blending import Blend, length_bucketed_batches
 from rlhf_kit.checkpoint import export
 from rlhf_kit.evaluate import is_toy_world
 from rlhf_kit.functional import language_model_loss
+from rlhf_kit.faults import Faults
 from rlhf_kit.hybrid_engine.engine import HybridEngine
 from rlhf_kit.hybrid_engine.training import start_deepspeed
 from rlhf_kit.metrics import MetricsLog, Phases, read_metrics
@@ -340,7 +341,12 @@ engine = HybridEngine(
     eos_token_ids=stop_token_ids(tokenizer, model),
     pad_token_id=tokenizer.pad_token_id,
 )
-trainer = SFTTrainer(engine, config.sft, pad_token_id=tokenizer.pad_token_id)
+trainer = SFTTrainer(
+    engine,
+    config.sft,
+    pad_token_id=tokenizer.pad_token_id,
+    faults=Faults(config.faults, run.stage("sft")),
+)
 
 # %% [markdown]
 # ## 4. The loss, token by token

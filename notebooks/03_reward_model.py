@@ -55,6 +55,7 @@ from rlhf_kit.checkpoint import export
 from rlhf_kit.datasets import load_source
 from rlhf_kit.evaluate import is_toy_world
 from rlhf_kit.functional import pairwise_loss, shape_score
+from rlhf_kit.faults import Faults
 from rlhf_kit.hybrid_engine.training import TrainingEngine, start_deepspeed
 from rlhf_kit.metrics import MetricsLog, Phases, read_metrics
 from rlhf_kit.models import (
@@ -195,7 +196,10 @@ engine = TrainingEngine(
     total_steps=len(plan),
 )
 trainer = RewardTrainer(
-    engine, config.reward, pad_token_id=tokenizer.pad_token_id
+    engine,
+    config.reward,
+    pad_token_id=tokenizer.pad_token_id,
+    faults=Faults(config.faults, run.stage("reward")),
 )
 
 # %%

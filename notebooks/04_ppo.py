@@ -71,6 +71,7 @@ from rlhf_kit.blending import Blend
 from rlhf_kit.checkpoint import export, is_complete
 from rlhf_kit.config import EMAConfig
 from rlhf_kit.ema import EMA
+from rlhf_kit.faults import Faults
 from rlhf_kit.hybrid_engine.self_test import self_test
 from rlhf_kit.hybrid_engine.training import start_deepspeed
 from rlhf_kit.measure import weight_distance
@@ -565,7 +566,10 @@ engine = DeepSpeedRLHFEngine(
     args=args,
 )
 trainer = DeepSpeedPPOTrainer(
-    engine=engine, args=args, mixture_rows=as_text(texts.rows)
+    engine=engine,
+    args=args,
+    mixture_rows=as_text(texts.rows),
+    faults=Faults(args.faults, run.stage("ppo")),
 )
 
 # %% [markdown]
