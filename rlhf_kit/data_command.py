@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_kit.config import DataConfig, SourceConfig, require
+from rlhf_kit.hub_datasets import local_path
 from rlhf_kit.types import STAGES
 
 EXIT_CODES = (
@@ -52,7 +53,7 @@ def add(command: Callable[..., argparse.ArgumentParser], among: Any) -> None:
 def source_config(text: str) -> SourceConfig:
     """`name[=weight]`; a file whose own name has a = in it is taken as it is."""
     name, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
+    if not equals or local_path(text):
         return SourceConfig(text)
     try:
         return SourceConfig(name, weight=float(weight))

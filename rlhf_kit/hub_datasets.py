@@ -278,14 +278,22 @@ NOT_READABLE = {
 """Names people give, with what to write instead."""
 
 
+def local_path(name: str) -> Path | None:
+    """The file or directory of this name, where there is one."""
+    path = Path(name).expanduser()
+    try:
+        return path if path.exists() else None
+    except (OSError, ValueError):  # a name too long, or with a NUL: no file has it
+        return None
+
+
 def find(name: str) -> tuple[str, HubDataset] | None:
     """The dataset of this name (a revision may follow), or whose name a local directory's holds.
 
     Raises:
         ValueError: the name is known, and that it cannot be read; says what to do instead.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    if path := local_path(name):
         held = [key for key in DATASETS if path.is_dir() and key in path.resolve().as_posix()]
         return (held[0], DATASETS[held[0]]) if held else None
     key = name.partition("@")[0]
