@@ -57,8 +57,8 @@ from rlhf_kit import distributed
 from rlhf_kit.blending import Blend, length_bucketed_batches
 from rlhf_kit.checkpoint import export
 from rlhf_kit.evaluate import is_toy_world
-from rlhf_kit.functional import language_model_loss
 from rlhf_kit.faults import Faults
+from rlhf_kit.functional import language_model_loss
 from rlhf_kit.hybrid_engine.engine import HybridEngine
 from rlhf_kit.hybrid_engine.training import start_deepspeed
 from rlhf_kit.metrics import MetricsLog, Phases, read_metrics

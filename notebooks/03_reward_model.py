@@ -54,8 +54,8 @@ from rlhf_kit.blending import Blend
 from rlhf_kit.checkpoint import export
 from rlhf_kit.datasets import load_source
 from rlhf_kit.evaluate import is_toy_world
-from rlhf_kit.functional import pairwise_loss, shape_score
 from rlhf_kit.faults import Faults
+from rlhf_kit.functional import pairwise_loss, shape_score
 from rlhf_kit.hybrid_engine.training import TrainingEngine, start_deepspeed
 from rlhf_kit.metrics import MetricsLog, Phases, read_metrics
 from rlhf_kit.models import (
