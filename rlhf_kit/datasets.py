@@ -12,7 +12,7 @@ from itertools import chain, islice
 from typing import Any
 
 from rlhf_kit import data_files, hub_datasets
-from rlhf_kit.config import SourceConfig, require
+from rlhf_kit.config import SourceConfig, printable, require
 from rlhf_kit.distributed import print_main
 from rlhf_kit.row_schemas import EXPECTED_COLUMNS as EXPECTED_COLUMNS
 from rlhf_kit.row_schemas import SCHEMAS, RawRow, RefusedRow, served
@@ -223,7 +223,7 @@ def _require_served(name: str, stage: Stage, serves: Iterable[str], columns: Ite
     if missing := [column for column in NEEDED[stage] if column not in serves]:
         raise NotForThisStage(
             f"data source {name} has no {' and no '.join(missing)}, which stage {stage} needs; "
-            f"its columns are {', '.join(sorted(columns))}"
+            f"its columns are {', '.join(map(printable, sorted(columns)))}"
         )
 
 

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from rlhf_kit.config import printable
 from rlhf_kit.types import Message, PreferencePair
 
 RawRow = Mapping[str, Any]
@@ -158,7 +159,8 @@ def detect_schema(columns: Iterable[str], example: RawRow) -> str:
         return "alpaca"
     if "conversations" in columns:
         return "sharegpt"
-    raise ValueError(f"found the columns {', '.join(columns) or '(none)'}; {EXPECTED_COLUMNS}")
+    found = ", ".join(map(printable, columns)) or "(none)"
+    raise ValueError(f"found the columns {found}; {EXPECTED_COLUMNS}")
 
 
 def served(schema: str, columns: Iterable[str]) -> set[str]:
