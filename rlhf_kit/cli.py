@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_kit import __version__, data_command, pipeline
+from rlhf_kit import __version__, data_command, launch_command, pipeline
 from rlhf_kit.config import PRESETS, require
 
 
@@ -76,40 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     run_.add_argument("notebook", help="a .py (py:percent) or .ipynb")
     run_.add_argument("flags", nargs=argparse.REMAINDER, help="its parameters: --name value ...")
 
-    launch_ = command(
-        "launch",
-        launch,
-        "run one notebook on many GPUs, here, on the hosts of a hostfile or as a SLURM job",
-        add_help=False,
-        usage="rlhf-kit launch NOTEBOOK [options] [-- --NAME value ...]",
-    )
-    launch_.add_argument("notebook", nargs="?", help="a .py (py:percent) or .ipynb")
-    launch_.add_argument(
-        "-h", "--help", action="store_true", help="with NOTEBOOK, its parameters as well"
-    )
-    launch_.add_argument(
-        "--num-gpus", type=int, metavar="N", help="GPUs of each host; default: all; 0 uses the CPU"
-    )
-    launch_.add_argument(
-        "--num-ranks", type=int, metavar="N", help="with --num-gpus 0: ranks of each host"
-    )
-    where = launch_.add_mutually_exclusive_group()
-    where.add_argument("--hostfile", metavar="F", help="lines of 'host slots=8', as DeepSpeed's")
-    where.add_argument("--slurm", action="store_true", help="write a batch script and submit it")
-    launch_.add_argument("--master-addr", metavar="A", help="hostfile: default: its first host")
-    launch_.add_argument("--master-port", type=int, metavar="P", help="hostfile: default: 29500")
-    launch_.add_argument("--nodes", type=int, metavar="N", help="SLURM: default: 1")
-    for option in ("partition", "time", "account"):
-        launch_.add_argument(f"--{option}", metavar=option[0].upper(), help="SLURM: sbatch's own")
-    launch_.add_argument(
-        "--sbatch",
-        metavar="OPTION",
-        action="append",
-        default=[],
-        help="SLURM: another line for sbatch, as in --sbatch=--qos=high; repeatable",
-    )
-    launch_.add_argument("--dry-run", action="store_true", help="print what would run, do nothing")
-    launch_.set_defaults(parser=launch_, flags=[])
+    launch_command.add(command)
 
     report_ = command("report", report, "build and print the report of a run again")
     report_.add_argument("run_dir", metavar="DIR", type=Path)
@@ -239,69 +206,6 @@ def run(arguments: argparse.Namespace) -> int:
     return code if code in (0, 2) else 1
 
 
-def launch(arguments: argparse.Namespace) -> int:
-    from rlhf_kit import cluster
-    from rlhf_kit.parameters import help_text, parameters_of
-
-    if arguments.help or arguments.notebook is None:
-        require(arguments.help, "name a notebook to launch (rlhf-kit launch --help)")
-        arguments.parser.print_help()
-        if arguments.notebook is not None:
-            print(f"\n{help_text(arguments.notebook, parameters_of(arguments.notebook))}")
-        return 0
-    job = cluster.Job.of(arguments.notebook, arguments.flags)
-    plan = launch_plan(job, arguments)
-    if arguments.dry_run:
-        print(plan)
-        return 0
-    if arguments.hostfile is not None:
-        cluster.require_reachable(arguments.hostfile)
-    return cluster.start(plan)
-
-
-def launch_plan(job: Any, arguments: argparse.Namespace) -> Any:
-    """A `cluster.Plan`; ValueError for an option that the chosen way does not know."""
-    from rlhf_kit import cluster
-
-    sizes = {"num_gpus": arguments.num_gpus, "num_ranks": arguments.num_ranks}
-    for name, count in sizes.items():
-        least = 0 if name == "num_gpus" else 1
-        option = f"--{name.replace('_', '-')}"
-        require(count is None or count >= least, f"{option} must be {least} or more, not {count}")
-    require(
-        arguments.num_ranks is None or arguments.num_gpus == 0,
-        "--num-ranks is for ranks on the CPU; add --num-gpus 0, or use --num-gpus alone",
-    )
-    only_slurm = ("nodes", "partition", "time", "account", "sbatch")
-    only_hostfile = ("master_addr", "master_port")
-    for names, chosen, way in (
-        (only_slurm, arguments.slurm, "--slurm"),
-        (only_hostfile, arguments.hostfile is not None, "--hostfile"),
-    ):
-        given = [name for name in names if getattr(arguments, name)]
-        require(
-            chosen or not given, f"--{''.join(given[:1]).replace('_', '-')} goes with {way} only"
-        )
-    if arguments.slurm:
-        options = [
-            f"--{name}={value}"
-            for name in ("partition", "time", "account")
-            if (value := getattr(arguments, name))
-        ]
-        nodes = 1 if arguments.nodes is None else arguments.nodes
-        return cluster.on_slurm(job, nodes=nodes, options=[*options, *arguments.sbatch], **sizes)
-    if arguments.hostfile is None:
-        return cluster.on_this_host(job, **sizes)
-    require(arguments.num_ranks is None, "with --hostfile, the slots of each host are its ranks")
-    return cluster.on_hosts(
-        job,
-        arguments.hostfile,
-        num_gpus=arguments.num_gpus,
-        master_addr=arguments.master_addr,
-        master_port=arguments.master_port or cluster.MASTER_PORT,
-    )
-
-
 def report(arguments: argparse.Namespace) -> int:
     show_report(arguments.run_dir)
     return 0
@@ -375,14 +279,9 @@ def data_from_votes(arguments: argparse.Namespace) -> int:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if words is None else words)
-    flags: list[str] = []
-    if words[:1] == ["launch"] and "--" in words:  # behind it stand the notebook's own
-        place = words.index("--")
-        words, flags = words[:place], words[place + 1 :]
+    words, flags = launch_command.split(sys.argv[1:] if words is None else words)
     arguments = build_parser().parse_args(words)
-    if flags:
-        arguments.flags = flags
+    arguments.flags = flags or getattr(arguments, "flags", [])
     try:
         return arguments.run(arguments)
     except ValueError as error:
