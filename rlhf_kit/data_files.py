@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib
-import importlib.util
 import json
 import re
-import sys
-import traceback
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit import hub_datasets
+from rlhf_kit import hub_datasets, row_function
 from rlhf_kit.config import require
-from rlhf_kit.distributed import print_main
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parquet")
 SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
-FUNCTION = re.compile(r"(?P<where>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
 LARGEST_LINE, LARGEST_LIST = 1 << 26, 1 << 30
 """Bytes, unpacked, of one line and of one JSON list: a small archive can hold any number."""
 LARGEST_CELL = 1 << 24
@@ -53,8 +47,8 @@ def read(name: str, split: str) -> Numbered:
     """
     path = hub_datasets.local_path(name)
     if path is None:
-        if FUNCTION.fullmatch(name):
-            return _call(name)
+        if row_function.FUNCTION.fullmatch(name):
+            return row_function.read(name)
         require(not _looks_like_path(name), f"file {name} does not exist")
         return _read_hub(name, split)
     if not path.is_dir():
@@ -252,62 +246,3 @@ def _read_hub(name: str, split: str) -> Numbered:
             f"{_first_line(error)}"
         ) from error
     return ((f"row {i}", row) for i, row in enumerate(rows, 1))
-
-
-# A function of the user's own --------------------------------------------------------------
-
-
-def _call(source: str) -> Numbered:
-    """Rows that a Python function yields: `file.py:function` or `module:function`."""
-    match = FUNCTION.fullmatch(source)
-    assert match is not None
-    where, name = match["where"], match["name"]
-    print_main(f"data source {source}: running your function {name} of {where}")
-    try:
-        function = getattr(_module(where), name, None)
-        require(callable(function), f"data source {source}: {where} has no function {name}")
-        assert function is not None
-        rows = iter(function())
-    except (ValueError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise ValueError(_its_error(source, error)) from error
-    return _guarded(source, rows)
-
-
-def _guarded(source: str, rows: Iterator[Any]) -> Numbered:
-    number = 0
-    while True:
-        number += 1
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise ValueError(_its_error(source, error)) from error
-        yield f"row {number}", row
-
-
-def _module(where: str) -> Any:
-    if not where.endswith(".py"):
-        if "" not in sys.path:  # the command's own directory stands first, not the user's
-            sys.path.insert(0, "")
-        return importlib.import_module(where)
-    path = Path(where).expanduser()
-    require(path.is_file(), f"file {where} does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _its_error(source: str, error: BaseException) -> str:
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where, line = place.filename, place.lineno
-    if isinstance(error, SyntaxError):
-        where, line = error.filename or where, error.lineno
-    return (
-        f"data source {source}: your function failed at {where}, line {line}: "
-        f"{type(error).__name__}: {_first_line(error)}"
-    )

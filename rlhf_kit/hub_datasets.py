@@ -144,7 +144,7 @@ def _post(subreddit: str, title: str, post: str) -> list[Message]:
 
 
 def summarize_from_feedback(row: RawRow) -> PreferencePair:
-    """A Reddit post in `info` (or a news article), two summaries, and the better one's place."""
+    """A Reddit post in `info` (or a news article), two summaries, the better one's place."""
     summaries = row.get("summaries")
     if not isinstance(summaries, list | tuple) or len(summaries) != 2:
         raise RefusedRow("summaries are not two")
