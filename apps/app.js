@@ -28,37 +28,31 @@ window.rlhfKit = (() => {
     if (event.target.closest("#theme")) document.body.classList.toggle("dark", !dark());
   });
 
-  // A region must be live before its words change, and outlive them: the wrapper is, and does.
-  const name = () => {
-    const region = byId("announcement");
-    if (!region) return false;
-    region.setAttribute("role", "status");
-    region.setAttribute("aria-live", "polite");
-    for (const side of ["a", "b"]) {
-      const pane = byId(`pane-${side}`);
-      pane?.setAttribute("role", "region");
-      pane?.setAttribute("aria-labelledby", `title-${side}`);
-    }
-    for (const [id, label] of [["transcript", null], ["votes", "votes-label"]]) {
-      const part = byId(id);
-      if (part && label) {
-        part.setAttribute("role", "group");
-        part.setAttribute("aria-labelledby", label);
-      }
-    }
-    const talk = byId("talk");
-    talk?.setAttribute("tabindex", "0");
-    talk?.setAttribute("role", "log");
-    talk?.setAttribute("aria-live", "off");
-    return true;
+  const describe = (id, attributes) => {
+    const part = byId(id);
+    for (const [key, value] of Object.entries(attributes)) part?.setAttribute(key, value);
+    return part;
   };
-  const observer = new MutationObserver(() => {
-    name();
-    const talk = byId("talk");
-    if (talk && talk.dataset.follow !== "no") talk.scrollTop = talk.scrollHeight;
-  });
-  document.addEventListener("DOMContentLoaded", () => {
-    observer.observe(document.body, { childList: true, subtree: true });
+  let follow = true;
+  const changed = () => {
+    // A region must be live before its words change, and outlive them: this wrapper does.
+    describe("announcement", { role: "status", "aria-live": "polite" });
+    for (const side of ["a", "b"]) {
+      describe(`pane-${side}`, { role: "region", "aria-labelledby": `title-${side}` });
+    }
+    describe("votes", { role: "group", "aria-labelledby": "votes-label" });
+    const talk = describe("talk", { role: "log", "aria-live": "off", tabindex: "0" });
+    if (!talk) return;
+    talk.setAttribute("aria-label", document.documentElement.lang === "en" ? "Conversation" : "对话内容");
+    talk.onscroll = () => {
+      follow = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40;
+    };
+    if (follow) talk.scrollTop = talk.scrollHeight;
+  };
+  // The root, not the body: this script may run before there is one, or long after.
+  new MutationObserver(changed).observe(document.documentElement, {
+    childList: true,
+    subtree: true,
   });
 
   return {
@@ -69,6 +63,7 @@ window.rlhfKit = (() => {
     },
     speak: (language) => {
       document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+      document.documentElement.dataset.ready = language;
     },
     copyLink: (link) => {
       history.replaceState(null, "", link);

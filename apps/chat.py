@@ -134,7 +134,7 @@ def wire(blocks: gr.Blocks, page: Page, parts: Tabs, language: str | None) -> No
                 part: {**words[part], **gr.update(choices=offered, value=model)}
                 for part, model in zip(lists, models, strict=True)
             },
-            chat.transcript: transcript(spoken, talk["messages"], talk["notes"]),
+            chat.transcript: transcript(spoken, talk["messages"]),
             **parts.compare_do.chosen(models[1], models[2], seed, spoken),
         }
 
@@ -277,6 +277,7 @@ def main(
     require(language is None or language in ("en", "zh"), "--language is en or zh")
     password = password or find_password(host, share)
     bench = Workbench(run_dir)
+    bench.warm()
     if password:
         where = "a public link" if share else f"the address {host}"
         print(

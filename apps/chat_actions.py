@@ -31,11 +31,7 @@ class ChatActions:
             yield self.remark(say(rest[1], "prompt_none"))
             return
         question = {"role": "user", "content": message}
-        asked = {
-            "messages": [*talk["messages"], question],
-            "notes": [*talk["notes"], ""],
-            "attempt": 0,
-        }
+        asked = {"messages": [*talk["messages"], question], "attempt": 0}
         yield from self.answer(request, asked, talk, browser, *rest)
 
     def retry(self, request: gr.Request, talk: Talk, browser: Any, *rest: Any) -> Iterator[Update]:
@@ -58,7 +54,6 @@ class ChatActions:
         if edited["role"] == "user":
             asked = cut(talk, turn)
             asked["messages"].append(edited)
-            asked["notes"].append("")
             yield from self.answer(request, asked, talk, browser, *rest)
             return
         messages = [*talk["messages"]]
@@ -83,7 +78,7 @@ class ChatActions:
         """
         tab = self.tab
         yield {
-            tab.transcript: transcript(language, asked["messages"], asked["notes"]),
+            tab.transcript: transcript(language, asked["messages"]),
             tab.answer: writing(language, ""),
             tab.status: status(say(language, "waiting")),
             tab.message: "",
@@ -130,12 +125,8 @@ class ChatActions:
         """The dialogue with its new answer; below it, who gave it and how fast."""
         model = label_of(language, self.bench.checkpoints.get(checkpoint))
         note = f"{model} · {event_line(language, event)}" if event else model
-        text = event.text if event else ""
-        return {
-            **asked,
-            "messages": [*asked["messages"], {"role": "assistant", "content": text}],
-            "notes": [*asked["notes"], note],
-        }
+        message = {"role": "assistant", "content": event.text if event else "", "note": note}
+        return {**asked, "messages": [*asked["messages"], message]}
 
     def stop(self, request: gr.Request) -> None:
         self.bench.generation.stop(session_of(request), "chat")
@@ -157,7 +148,8 @@ class ChatActions:
 
     def new(self, browser: Any, language: str) -> Update:
         """Begin a new conversation; the old one is forgotten."""
-        self.bench.history.forget(key_of(browser), "chat")
+        with contextlib.suppress(ValueError):
+            self.bench.history.forget(key_of(browser), "chat")
         return {
             **self.shown(language, empty()),
             self.tab.editor: gr.update(visible=False),
@@ -220,7 +212,7 @@ class ChatActions:
         tab = self.tab
         return {
             tab.talk: talk,
-            tab.transcript: transcript(language, talk["messages"], talk["notes"]),
+            tab.transcript: transcript(language, talk["messages"]),
             tab.answer: "",
             tab.send: gr.update(interactive=True),
             tab.stop: gr.update(interactive=False),
@@ -236,7 +228,6 @@ class ChatActions:
                 key_of(browser),
                 "chat",
                 talk["messages"],
-                notes=talk["notes"],
                 attempt=talk["attempt"],
                 checkpoint=self.bench.checkpoints.get(checkpoint).name,
             )
@@ -256,7 +247,7 @@ class ChatActions:
 
 def cut(talk: Talk, length: int) -> Talk:
     """The first turns of a conversation."""
-    return {"messages": talk["messages"][:length], "notes": talk["notes"][:length], "attempt": 0}
+    return {"messages": talk["messages"][:length], "attempt": 0}
 
 
 # ---- wiring

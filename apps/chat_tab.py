@@ -11,7 +11,7 @@ from apps.markup import transcript
 from apps.page import Page, Settings, choices, settings_panel
 
 Talk = dict[str, Any]
-"""messages: the dialogue; notes: a line below each; attempt: how often the last was retried."""
+"""messages: the dialogue, each answer with a note; attempt: how often the last was retried."""
 TURN_BUTTONS = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button');
@@ -57,13 +57,13 @@ class ChatTab:
 
 
 def empty() -> Talk:
-    return {"messages": [], "notes": [], "attempt": 0}
+    return {"messages": [], "attempt": 0}
 
 
 def build(page: Page) -> ChatTab:
     labels = page.labels
     offered = choices(labels.language, page.bench.checkpoints.list())
-    talk, editing = gr.State(empty), gr.State(None)
+    talk, editing = gr.State(empty()), gr.State(None)
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=3, min_width=320):
             with gr.Row(elem_classes="bar"):

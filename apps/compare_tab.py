@@ -100,7 +100,7 @@ def build(page: Page) -> CompareTab:
         with labels(gr.Accordion(open=False), label="settings"):
             settings = settings_panel(page)
         with labels(gr.Accordion(open=False), label="shortcuts"):
-            labels(gr.Checkbox(True, elem_id="shortcuts"), label="shortcuts_on")
+            labels(gr.Checkbox(True, interactive=True, elem_id="shortcuts"), label="shortcuts_on")
             labels(gr.HTML(apply_default_css=False, js_on_load=None), value="shortcuts_text")
         with labels(gr.Accordion(open=False), label="link"):
             link = labels(gr.Textbox(interactive=False, elem_id="link"), label="link")

@@ -41,19 +41,14 @@ def event_line(language: str, event: Event) -> str:
     return " · ".join(parts) or say(language, "writing")
 
 
-def transcript(
-    language: str, messages: Sequence[Mapping[str, str]], notes: Sequence[str] = ()
-) -> str:
-    """A conversation, each turn with its buttons; `notes` stand below the turns they belong to."""
+def transcript(language: str, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation, each turn with its buttons, and below an answer its `note`."""
     if not messages:
         return f'<p class="empty">{escape(say(language, "empty"))}</p>'
-    return "".join(
-        turn(language, message, number, notes[number] if number < len(notes) else "")
-        for number, message in enumerate(messages)
-    )
+    return "".join(turn(language, message, number) for number, message in enumerate(messages))
 
 
-def turn(language: str, message: Mapping[str, str], number: int, note: str) -> str:
+def turn(language: str, message: Mapping[str, str], number: int) -> str:
     who = "you" if message["role"] == "user" else "model"
     text = message["content"] or say(language, "empty_answer")
     buttons = "".join(
@@ -62,6 +57,7 @@ def turn(language: str, message: Mapping[str, str], number: int, note: str) -> s
         f"{escape(say(language, action))}</button>"
         for action in ("copy", "edit")
     )
+    note = message.get("note")
     about = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
         f'<article class="turn {who}"><h3>{escape(say(language, who))}</h3>'
