@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import ast
 import base64
+import contextlib
 import faulthandler
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import time
 import traceback
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf_kit.launch import KERNEL
-from rlhf_kit.parameters import parameters_of, parse_flags
+from rlhf_kit.parameters import CELL, parameters_of, parse_flags
 
 RECORD_VARIABLE = "RLHF_KIT_RECORD"
 """The .ipynb to write; unset on all ranks but the main one."""
@@ -31,6 +34,7 @@ FAILURE_VARIABLE = "RLHF_KIT_FAILURE"
 """The file by which the first rank that fails tells the others."""
 GOOD_ENDINGS = (0, 130, 143)
 """Exit codes that are no failure: done, or stopped by SIGINT or SIGTERM after saving."""
+NO_CODE = re.compile(r"\[(markdown|md|raw)\]")
 PATIENCE = 5.0
 """Seconds that a rank which lost another one leaves to that one's own last words."""
 
@@ -65,54 +69,113 @@ class _Copied:
         return getattr(self.stream, name)
 
 
+def code_cells(text: str) -> list[tuple[int, str]]:
+    """The code of a py:percent file, cell by cell: how many lines stand before it, its source."""
+    lines = text.splitlines(keepends=True)
+    markers = [number for number, line in enumerate(lines) if CELL.match(line)]
+    cells = []
+    for start, end in zip([-1, *markers], [*markers, len(lines)], strict=True):
+        source = "".join(lines[start + 1 : end])
+        is_code = not NO_CODE.search(lines[start]) if start >= 0 else bool(ast.parse(source).body)
+        if is_code:
+            cells.append((start + 1, source))
+    return cells
+
+
 def run(script: Path, words: list[str], record: Path | None) -> None:
     """Run all cells; what a cell raises is raised, after the notebook was written."""
-    import jupytext
-    import nbformat.v4 as v4
-
-    notebook = jupytext.read(script)
-    notebook.metadata = {"kernelspec": KERNEL, "rlhf_kit": _circumstances()}
-    text, place = script.read_text(encoding="utf-8"), 0
+    text = script.read_text(encoding="utf-8")
     main = types.ModuleType("__main__")
     main.__file__ = str(script)
     sys.modules["__main__"] = main  # where pickle looks for what a notebook defines
-    for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"
-    for cell in [cell for cell in notebook.cells if cell.cell_type == "code"]:
-        found = text.find(cell.source, place)
-        place = place if found < 0 else found
-        line = text.count("\n", 0, place)
-        copied = _Copied(sys.stdout)
+    book = Record(script, words, record) if record is not None else None
+    for number, (line, source) in enumerate(code_cells(text)):
+        with book.cell(number) if book is not None else contextlib.nullcontext():
+            value = _value_of(source, script, line, main.__dict__)
+            if book is not None:
+                book.show(value)
+    if book is not None:
+        book.finish()
+
+
+class Record:
+    """The executed notebook of the main rank."""
+
+    def __init__(self, script: Path, words: list[str], path: Path):
+        import jupytext
+
+        self.path = path
+        self.notebook = jupytext.read(script)
+        self.notebook.metadata = {"kernelspec": KERNEL, "rlhf_kit": _circumstances()}
+        for number, cell in enumerate(self.notebook.cells):
+            cell.id = f"cell-{number}"
+        self.cells = [cell for cell in self.notebook.cells if cell.cell_type == "code"]
+        self.outputs: list[Any] = []
+        self._note_parameters(script, words)
+
+    def _note_parameters(self, script: Path, words: list[str]) -> None:
+        """A cell behind the parameters cell, as papermill writes it."""
+        import nbformat.v4 as v4
+
+        place = next(
+            (
+                number
+                for number, cell in enumerate(self.notebook.cells)
+                if "parameters" in cell.metadata.get("tags", ())
+            ),
+            None,
+        )
+        if place is None:
+            return
         try:
-            if record is not None:
-                sys.stdout = copied
-            value = _value_of(cell.source, script, line, main.__dict__)
-            if record is not None and value is not None:
-                cell.outputs.append(v4.new_output("execute_result", _views(value)))
+            given = parse_flags(parameters_of(script), words)
+        except ValueError:  # the notebook itself will say so
+            return
+        source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
+        cell = v4.new_code_cell(f"# Given on the command line\n{source}", id="given")
+        cell.metadata["tags"] = ["injected-parameters"]
+        self.notebook.cells.insert(place + 1, cell)
+
+    @contextlib.contextmanager
+    def cell(self, number: int) -> Iterator[None]:
+        """While the code cell of this number runs: keep what it prints and raises."""
+        import nbformat.v4 as v4
+
+        stream, self.outputs = sys.stdout, []
+        sys.stdout = copied = _Copied(stream)
+        try:
+            yield
         except BaseException as error:
             lines = traceback.format_exception(*_without_us(error))
-            cell.outputs.append(
-                v4.new_output(
-                    "error", ename=type(error).__name__, evalue=str(error), traceback=lines
-                )
+            kind = type(error).__name__
+            self.outputs.append(
+                v4.new_output("error", ename=kind, evalue=str(error), traceback=lines)
             )
             raise
         finally:
-            sys.stdout = copied.stream
+            sys.stdout = stream
             if copied.text:
-                printed = v4.new_output("stream", name="stdout", text=copied.text)
-                cell.outputs.insert(0, printed)
-            if record is not None:
-                _write(notebook, record)
-        if record is not None and "parameters" in cell.metadata.get("tags", ()):
-            given = parse_flags(parameters_of(script), words)
-            source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
-            used = v4.new_code_cell(f"# Given on the command line\n{source}", id="given")
-            used.metadata["tags"] = ["injected-parameters"]
-            notebook.cells.insert(notebook.cells.index(cell) + 1, used)
-    if record is not None:
-        notebook.metadata["rlhf_kit"]["finished"] = _now()
-        _write(notebook, record)
+                self.outputs.insert(0, v4.new_output("stream", name="stdout", text=copied.text))
+            self.cells[number].outputs = self.outputs
+            self.cells[number].execution_count = number + 1
+            self._write()
+
+    def show(self, value: Any) -> None:
+        import nbformat.v4 as v4
+
+        if value is not None:
+            self.outputs.append(v4.new_output("execute_result", _views(value)))
+
+    def finish(self) -> None:
+        self.notebook.metadata["rlhf_kit"]["finished"] = _now()
+        self._write()
+
+    def _write(self) -> None:
+        import nbformat
+
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(nbformat.writes(self.notebook) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
 
 
 def _value_of(source: str, script: Path, line: int, namespace: dict[str, Any]) -> Any:
@@ -136,14 +199,6 @@ def _views(value: Any) -> dict[str, str]:
     if hasattr(value, "_repr_png_") and (png := value._repr_png_()):
         views["image/png"] = base64.b64encode(png).decode()
     return views
-
-
-def _write(notebook: Any, record: Path) -> None:
-    import nbformat
-
-    partial = record.with_suffix(".partial")
-    partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-    os.replace(partial, record)
 
 
 def _circumstances() -> dict[str, Any]:

@@ -242,8 +242,8 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 RUN=slurm-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}
 export MASTER_ADDR MASTER_PORT RUN
-{accelerator}# In single quotes, so that each node puts in its own SLURM_NODEID. USR1 asks the ranks to
-# save; the launcher between must not die of it.
+{accelerator}# In single quotes, so that each node puts in its own SLURM_NODEID. USR1 asks the ranks
+# to save; the launcher between must not die of it.
 srun --kill-on-bad-exit=1 --cpu-bind=none bash -c 'trap "" USR1; exec {launcher}'
 code=$?
 {report} "$RUN"

@@ -42,7 +42,7 @@ NO_DEVICES, LAUNCHERS_DEVICES = "none", "launcher"
 
 def supervise(directory: Path, identity: str, script: Path, flags: list[str], devices: str) -> int:
     """Run the script as this rank; its exit code, 128 + n where signal n ended it."""
-    rank = int(os.environ["RANK"])
+    rank, launcher = int(os.environ["RANK"]), os.getppid()
     failure = directory / f"failure-{identity}.json"
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / f"rank-{rank}.log", "a", encoding="utf-8") as log:
@@ -64,7 +64,7 @@ def supervise(directory: Path, identity: str, script: Path, flags: list[str], de
         screen = sys.stdout if rank == 0 else None
         tee = threading.Thread(target=_tee, args=(child.stdout, screen, log))
         tee.start()
-        code = _wait(child, failure, log)
+        code = _wait(child, failure, log, launcher)
         tee.join()
     if code < 0:
         code = 128 - code
@@ -123,9 +123,8 @@ def _log(lines: list[bytes], log: IO[str]) -> None:
         log.flush()
 
 
-def _wait(child: subprocess.Popen, failure: Path, log: IO[str]) -> int:
+def _wait(child: subprocess.Popen, failure: Path, log: IO[str], launcher: int) -> int:
     """The child's exit code, after ending it where another rank or the launcher is gone."""
-    launcher = os.getppid()
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(POLL)
