@@ -214,7 +214,7 @@ def test_there_are_ten_broken_files():
         (["good.jsonl", "--output", "no/such/m.json"], "no/such/m.json cannot be written"),
         (["bad.py:rows"], "your function failed at .*bad.py, line 4: KeyError: 'x'"),
         (["bad.py:other"], "bad.py has no function other"),
-        (["bad.py:number"], "your function failed at .*: TypeError: 'int' object"),
+        (["bad.py:number"], "your function failed: TypeError: 'int' object"),
         (["bad.py:leaves"], "your function failed at .*bad.py, line 10: SystemExit"),
         (["bad.py:refuses"], "your function failed at .*bad.py, line 12: ValueError: mine"),
         (["none.py:rows"], "file none.py does not exist"),
@@ -350,12 +350,7 @@ contents = (
 )
 
 
-@settings(
-    derandomize=True,
-    max_examples=120,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @example(b'{"prompt": "a"}\n' * 3, ".jsonl")
 @example(b"PAR1\x00\x00PAR1", ".parquet")
 @example(b"\x1f\x8b\x08\x00", ".jsonl.gz")
