@@ -6,6 +6,7 @@ Good rows come with the record they must become, broken rows with the reason the
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -542,6 +543,18 @@ def test_each_dataset_has_rows_here_and_each_name_of_deepspeed_chat_is_known():
         good = [row for _, row in ROWS[name] if isinstance(row, PreferencePair)]
         assert any(row.rejected for row in good) == ("rejected" in dataset.serves)
         assert all(row.chosen for row in good)
+
+
+def test_the_page_on_own_data_lists_every_dataset_and_what_it_serves():
+    page = (Path(__file__).parents[1] / "docs" / "own-data.md").read_text(encoding="utf-8")
+    table = page.split("## Datasets that are known by name")[1].split("\n## ")[0]
+    listed = {}
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            names, serves, _ = line.strip("|").split("|")
+            listed |= dict.fromkeys(re.findall(r"`([^`]+)`", names), serves.strip())
+    words = {True: "all", False: "SFT, PPO"}
+    assert listed == {name: words["rejected" in d.serves] for name, d in DATASETS.items()}
 
 
 @pytest.mark.parametrize("name", NOT_READABLE)
