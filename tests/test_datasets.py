@@ -9,15 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_kit.config import SourceConfig
+from rlhf_kit.blending import Blend
+from rlhf_kit.config import DataConfig, SourceConfig
 from rlhf_kit.datasets import (
+    FIRST_ROWS,
     NotForThisStage,
     RefusedRow,
+    Report,
+    detect_schema,
     hh_rlhf,
     load_source,
     messages,
     preference,
+    stream_source,
 )
+from rlhf_kit.models import resolve_model
+from rlhf_kit.row_schemas import alpaca, sharegpt
+from rlhf_kit.row_store import BlendedRows
+from rlhf_kit.tokenization import keep_fitting, load_tokenizer
 from rlhf_kit.types import PreferencePair
 
 DATA = Path(__file__).parent / "data"
@@ -129,7 +138,117 @@ def test_messages_takes_the_last_assistant_turn_as_the_demonstration():
         messages({"messages": [user("1?")]})
 
 
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen"),
+    [
+        ({"instruction": " Sum. ", "input": "1 2", "output": "3\n"}, "Sum.\n\n1 2", "3"),
+        ({"instruction": "Name one.", "input": "", "output": "One."}, "Name one.", "One."),
+        ({"instruction": "翻译。", "input": None, "output": "译。"}, "翻译。", "译。"),
+        ({"instruction": "訳して。", "output": "訳。"}, "訳して。", "訳。"),
+    ],
+)
+def test_alpaca_joins_instruction_and_input(row: dict[str, object], prompt: str, chosen: str):
+    assert detect_schema(row, row) == "alpaca"
+    assert alpaca(row) == PreferencePair((user(prompt),), chosen)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": None, "output": "a"}, "missing column instruction"),
+        ({"instruction": " ", "input": "x", "output": "a"}, "empty prompt"),
+        ({"instruction": "a", "input": [], "output": "a"}, "input is not text"),
+        ({"instruction": "a", "input": "", "output": ""}, "empty response"),
+        ({"instruction": "a", "input": ""}, "missing column output"),
+    ],
+)
+def test_alpaca_refuses_a_row_it_cannot_use(row: dict[str, object], reason: str):
+    with pytest.raises(RefusedRow, match=reason):
+        alpaca(row)
+
+
+def test_sharegpt_keeps_turns_and_a_system_message():
+    turns = [
+        ("system", "短く。"),
+        ("human", "1?"),
+        ("gpt", "1."),
+        ("human", "二？"),
+        ("gpt", "二。"),
+    ]
+    row = {"id": "x", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    assert detect_schema(row, row) == "sharegpt"
+    system = {"role": "system", "content": "短く。"}
+    expected = PreferencePair((system, user("1?"), assistant("1."), user("二？")), "二。")  # type: ignore[arg-type]
+    assert sharegpt(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("conversations", "reason"),
+    [
+        (None, "missing column conversations"),
+        ([], "no messages where messages are expected"),
+        ("text", "no messages where messages are expected"),
+        ([{"from": "human", "value": "a"}], "no assistant turn at the end"),
+        ([{"from": "human", "value": None}], "a turn without from and value"),
+        ([{"from": "bing", "value": "a"}], "a turn from another than human"),
+        ([{"from": ["human"], "value": "a"}], "a turn from another than human"),
+        ([{"from": "gpt", "value": "a"}], "empty prompt"),
+        ([{"from": "human", "value": ""}, {"from": "gpt", "value": "a"}], "empty prompt"),
+    ],
+)
+def test_sharegpt_refuses_a_row_it_cannot_use(conversations: object, reason: str):
+    with pytest.raises(RefusedRow, match=reason):
+        sharegpt({"conversations": conversations})
+
+
 # Files
+
+
+def test_columns_that_come_late_are_found(tmp_path: Path):
+    rows = [{"prompt": f"{i}?"} for i in range(FIRST_ROWS + 5)] + [GOOD]
+    source = write_lines(tmp_path / "late.jsonl", *rows)
+    loaded = load_source(source, "reward")
+    assert len(loaded) == 1 and loaded.report.read == FIRST_ROWS + 6
+    with pytest.raises(NotForThisStage, match="no rejected"):
+        load_source(source, "reward", rows=FIRST_ROWS + 5)
+
+
+def test_rows_come_one_by_one_and_the_rest_is_not_read(tmp_path: Path):
+    rows = [{"prompt": f"{i}?"} for i in range(3 * FIRST_ROWS)]
+    source, report = write_lines(tmp_path / "a.jsonl", *rows), Report("a")
+    stream = stream_source(source, "ppo", report)
+    assert next(stream).prompt == (user("0?"),)
+    assert report.read == FIRST_ROWS
+
+
+def test_reading_a_large_file_keeps_it_out_of_memory(tmp_path: Path):
+    import tracemalloc
+
+    rows = [{"prompt": f"{i} " + "why " * 1000} for i in range(4000)]
+    source = write_lines(tmp_path / "large.jsonl", *rows)  # 16 MB
+    del rows
+    config = DataConfig(sources=(source,), split=(0, 0, 1), eval_share=0.5)
+    tracemalloc.start()
+    blend = Blend(config, 1)["ppo"]
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(blend) > 1800
+    assert kept < 3e6 and peak < 9e6  # a megabyte a store, and the first thousand rows
+
+
+def test_those_that_fit_of_a_blend_are_places_in_it_and_not_copies(tmp_path: Path):
+    rows = [{"prompt": "why " * (i % 9) + str(i)} for i in range(60)]
+    source = write_lines(tmp_path / "a.jsonl", *rows)
+    config = DataConfig(sources=(source,), split=(0, 0, 1), max_prompt_length=25)
+    blend = Blend(config, 1)["ppo"]
+    tokenizer = load_tokenizer(resolve_model("toy_world"))
+    fitting = keep_fitting(tokenizer, blend, config)
+    assert isinstance(fitting.rows, BlendedRows)
+    assert fitting.long_prompts + len(fitting.rows) == len(blend)
+    assert (
+        fitting.long_prompts > 0
+        and fitting.rows == keep_fitting(tokenizer, list(blend), config).rows
+    )
 
 
 def test_a_file_of_dialogues_is_recognised_by_its_columns():
