@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from rlhf_kit import distributed
 from rlhf_kit.config import FaultConfig, LimitConfig
@@ -93,7 +94,8 @@ class Faults:
 
     def report(self, fault: str, action: Action, sentence: str) -> None:
         """One line on screen and one in the file, from the main rank."""
-        distributed.print_main(f"step {self.step}: {sentence}")
+        if distributed.is_main_rank():
+            tqdm.write(f"step {self.step}: {sentence}")
         if self.directory is not None:
             record(self.directory, self.step, fault, action, sentence)
 

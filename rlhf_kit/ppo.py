@@ -209,7 +209,8 @@ class PPOTrainer:
                 self.monitor.add(metrics)
                 for name, what in self.monitor.signs().items():
                     policy = self.args.monitor.policy
-                    self.faults.act("reward_hacking", policy, what, ADVICE[name])
+                    said = f"a sign of reward hacking: {what}"
+                    self.faults.act("reward_hacking", policy, said, ADVICE[name])
         self._steer_kl(metrics)
         if self.mixture is not None and "data/fingerprint" in metrics:
             mixed = self.mixture.fingerprint(range(texts, self.mixture.steps))

@@ -214,6 +214,20 @@ def test_ppo_leaves_a_minibatch_out_for_actor_critic_and_average_alike(
     assert trainer.iteration == 2 and lines(tmp_path / "ppo")[0]["step"] == 2
 
 
+def test_a_gradient_of_the_actor_that_overflows_holds_the_critic_back_as_well(
+    ppo: Callable[..., PPOTrainer], prompts: Any
+):
+    trainer = ppo(ppo__minibatch_size=8)
+    experience = trainer.generate_experience(prompts())
+    before = everything(trainer.engine.critic)
+    handle = mlp(trainer.engine.actor.module).register_forward_hook(
+        lambda _, __, output: output.register_hook(lambda grad: grad * math.inf) and None
+    )
+    metrics = trainer.step(experience)
+    handle.remove()
+    assert metrics["faults/skipped"] == 1 and equal(before, everything(trainer.engine.critic))
+
+
 def test_a_score_that_is_not_a_number_costs_its_iteration_and_not_the_kl_coefficient(
     ppo: Callable[..., PPOTrainer], prompts: Any
 ):
@@ -442,6 +456,16 @@ def test_generating_with_fewer_slots_gives_the_same_responses(
         found = trainer.generate_experience(prompts()).sequences
     assert torch.equal(found, expected) and trainer.generation.slots == 4
     assert "memory ran out in generating" in lines(tmp_path / "ppo")[0]["sentence"]
+
+
+def test_under_zero_3_an_error_while_generating_leaves_the_model_fit_to_train(
+    ppo: Callable[..., PPOTrainer], prompts: Any
+):
+    trainer = ppo(actor_engine__zero_stage=3)
+    experience, actor = trainer.generate_experience(prompts()), trainer.engine.actor
+    with failing(mlp(actor.module), "forward", after=3), pytest.raises(torch.OutOfMemoryError):
+        actor.generate(prompts(), trainer.generation)
+    assert trainer.step(experience)["optim/actor_grad_norm"] > 0
 
 
 @pytest.mark.parametrize("model", ["reward", "ref", "critic"])

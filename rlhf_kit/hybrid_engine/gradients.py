@@ -82,8 +82,6 @@ def _drop_12(optimizer: Any) -> None:
 
 
 def _drop_3(optimizer: Any) -> None:
-    optimizer.micro_step_id = 0  # the next backward pass overwrites the partitions
-    optimizer._epilogue_ran_this_backward = False
     optimizer._offload_boundary_param_ids = set()
     optimizer.averaged_gradients = {}
     for bucket in optimizer.ipg_buckets.values():
