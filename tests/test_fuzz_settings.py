@@ -131,6 +131,25 @@ def test_every_preset_survives_json_and_yaml(name: str):
     survives_a_round_trip(preset(name))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ppo__kl__coef": float("nan")},
+        {"generation__temperature": float("inf")},
+        {"ppo__kl__coef": 10**400},
+        {"seed": 10**5000},
+        {"data__sources": [{}]},
+        {"\n": 1},
+        {"ppo__\n": 1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_a_long_search_once_found_is_refused(changes: dict[str, Any]):
+    with pytest.raises(ValueError) as caught:
+        override(preset("toy"), **changes)
+    one_sentence(caught.value)
+
+
 # Flags and recipes -------------------------------------------------------------------------
 
 flags = st.sampled_from([f"--{p.name}" for p in PARAMETERS] + ["--local_rank", "--no-resume"])
