@@ -215,7 +215,7 @@ def test_every_response_names_what_a_page_may_load(address: str):
     assert headers["referrer-policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize("value", [TRAVERSAL, "", 10**9, [TRAVERSAL], {"path": TRAVERSAL}])
+@pytest.mark.parametrize("value", [TRAVERSAL, 10**9, {"path": TRAVERSAL}])
 def test_no_handler_of_the_page_takes_a_path(bench: Workbench, address: str, value: Any):
     """Every event of the page, called past the page with the same wrong value in every field."""
     config = httpx.get(f"{address}/config", timeout=30).json()

@@ -25,7 +25,7 @@ from rlhf_kit.chat import load_session
 from rlhf_kit.config import GenerationConfig
 from rlhf_kit.hybrid_engine.decode import _Run
 
-LONG = Limits(new_tokens=20_000)
+LONG = Limits(new_tokens=20_000, seconds=10_000, unread_seconds=10_000)
 """Answers that take many seconds: nothing but a stop ends them within a test."""
 
 
@@ -117,12 +117,13 @@ def test_events_grow_to_the_whole_answer_and_say_how_it_ended(bench: Workbench):
     assert events[-1].first_token_seconds > 0 and events[-1].tokens_per_second > 0
 
 
-def test_however_fast_a_model_is_its_events_are_few(open_bench: Callable[..., Workbench]):
-    limits = Limits(updates_per_second=0.001)
+def test_however_fast_a_model_is_its_events_are_at_most_so_many_a_second(bench: Workbench):
     begin = time.monotonic()
-    events = list(stream(open_bench(limits=limits), max_new_tokens=200))
-    # waiting, the first token and the end, and a sign of life a second
-    assert 2 <= len(events) <= 4 + (time.monotonic() - begin)
+    events = list(stream(bench, temperature=0, max_new_tokens=1000))
+    seconds = time.monotonic() - begin
+    assert events[-1].tokens == 1000
+    # beside them: the first while it waits, the first token and the end
+    assert 3 <= len(events) <= 12 * seconds + 3
 
 
 def test_old_turns_leave_when_the_context_is_full(bench: Workbench, monkeypatch):
@@ -391,12 +392,12 @@ def test_many_users_of_more_models_than_fit_all_get_their_answers(
         talk = bench.arena.compare(*pair, ask(), session=f"s{number}", max_new_tokens=8)
         ends.append(list(talk)[-1])
 
-    users = [threading.Thread(target=user, args=(number,)) for number in range(6)]
+    users = [threading.Thread(target=user, args=(number,)) for number in range(4)]
     for thread in users:
         thread.start()
     for thread in users:
         thread.join(120)
-    assert len(ends) == 6 and all(e.a.tokens and e.b.tokens for e in ends)
+    assert len(ends) == 4 and all(e.a.tokens and e.b.tokens for e in ends)
 
 
 def test_a_wait_for_memory_can_be_stopped_and_has_an_end(open_bench: Callable[..., Workbench]):
