@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
+from gradio.events import api as endpoint
 
 from apps.page import session_of
 from apps.workbench import Workbench
@@ -53,5 +54,5 @@ def add(bench: Workbench) -> None:
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    gr.api(checkpoints, api_name="checkpoints")
-    gr.api(chat, api_name="chat", concurrency_limit=16, concurrency_id="answers")
+    endpoint(checkpoints, api_name="checkpoints")
+    endpoint(chat, api_name="chat", concurrency_limit=16, concurrency_id="answers")

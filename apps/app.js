@@ -43,7 +43,7 @@ window.rlhfKit = (() => {
     describe("votes", { role: "group", "aria-labelledby": "votes-label" });
     const talk = describe("talk", { role: "log", "aria-live": "off", tabindex: "0" });
     if (!talk) return;
-    talk.setAttribute("aria-label", document.documentElement.lang === "en" ? "Conversation" : "对话内容");
+    talk.setAttribute("aria-labelledby", "talk-title");
     talk.onscroll = () => {
       follow = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40;
     };

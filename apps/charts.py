@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from io import StringIO
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -50,8 +51,8 @@ def chart(
 def drawing(
     title: str, names: Sequence[str], series: Mapping[str, Points], line: float | None
 ) -> str:
-    fonts = {"svg.fonttype": "none", "svg.hashsalt": title}
-    with matplotlib.rc_context({**style(), **fonts}):
+    settings: Any = {**style(), "svg.fonttype": "none", "svg.hashsalt": title}
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(4.6, 2.7))
         ax = figure.subplots()
         spread = 0.12

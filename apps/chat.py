@@ -142,7 +142,7 @@ def wire(blocks: gr.Blocks, page: Page, parts: Tabs, language: str | None) -> No
         """Find the browser's conversation and language, and obey ?a=ema&b=final&seed=0."""
         query = dict(request.query_params)
         chosen = browser.get("language") if isinstance(browser, dict) else None
-        spoken = query.get("language") or chosen or language
+        spoken = str(query.get("language") or chosen or language)
         if spoken not in dict(LANGUAGES).values():
             spoken = preferred(request.headers.get("accept-language", ""))
         talk, checkpoint = parts.chat_do.restore(browser)

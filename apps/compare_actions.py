@@ -278,7 +278,7 @@ def wire(page: Page, tab: CompareTab, talk: gr.State) -> CompareActions:
         ).then(do.score, scored, scores, **QUIET)
     tab.colours.change(do.score, scored, scores, **QUIET)
     gr.on(
-        [tab.first.change, tab.second.change, tab.settings.seed.change],
+        [tab.first.input, tab.second.input, tab.settings.seed.input],
         do.chosen,
         [tab.first, tab.second, tab.settings.seed, page.language],
         [tab.link, tab.tally],

@@ -36,16 +36,19 @@ def event_line(language: str, event: Event) -> str:
         parts.append(say(language, f"end_{event.reason}"))
     if event.dropped:
         parts.append(say(language, "dropped", count=event.dropped))
-    if event.note:
-        parts.append(event.note)
+    if event.placement:
+        how, *labels = event.placement
+        parts.append(say(language, f"loaded {how}", labels=", ".join(labels)))
     return " · ".join(parts) or say(language, "writing")
 
 
 def transcript(language: str, messages: Sequence[Mapping[str, str]]) -> str:
     """A conversation, each turn with its buttons, and below an answer its `note`."""
+    head = f'<h2 id="talk-title" class="unseen">{escape(say(language, "conversation"))}</h2>'
     if not messages:
-        return f'<p class="empty">{escape(say(language, "empty"))}</p>'
-    return "".join(turn(language, message, number) for number, message in enumerate(messages))
+        return f'{head}<p class="empty">{escape(say(language, "empty"))}</p>'
+    turns = (turn(language, message, number) for number, message in enumerate(messages))
+    return head + "".join(turns)
 
 
 def turn(language: str, message: Mapping[str, str], number: int) -> str:

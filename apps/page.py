@@ -45,10 +45,10 @@ class Labels:
 
     def updates(self, language: str) -> list[Any]:
         """One update a component, in the order of `components`."""
-        return [
-            gr.update(**{name: say(language, key) for name, key in keys.items()})
-            for _, keys in self.items
+        changes: list[dict[str, Any]] = [
+            {name: say(language, key) for name, key in keys.items()} for _, keys in self.items
         ]
+        return [gr.update(**change) for change in changes]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gradio as gr
+from gradio import themes
 
 HERE = Path(__file__).resolve().parent
 STYLE = HERE / "app.css"
@@ -32,11 +32,11 @@ POLICY = "; ".join(
 """Whatever an answer holds, the browser asks no other host for it."""
 
 
-def theme() -> gr.themes.Base:
-    fonts = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
+def theme() -> themes.Base:
+    fonts = [themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
     red = "#b91c1c"
-    return gr.themes.Default(
-        primary_hue=gr.themes.colors.blue, neutral_hue=gr.themes.colors.slate, font=fonts
+    return themes.Default(
+        primary_hue=themes.colors.blue, neutral_hue=themes.colors.slate, font=fonts
     ).set(
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",

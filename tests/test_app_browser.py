@@ -443,12 +443,21 @@ def test_blind_answers_show_no_score_before_the_vote_and_escape_stops_them(
     expect(page.locator("#scores-a .facts")).to_be_visible()
 
 
-def test_a_link_opens_its_pair_and_a_wrong_one_says_so(context: BrowserContext, url: str):
+def test_a_link_opens_its_pair_and_seed_and_a_wrong_one_says_so(
+    context: BrowserContext, url: str, run_dir: Path
+):
     page = opened(context, f"{url}?a=sft&b=ema&seed=7")
     expect(page.get_by_role("combobox", name="First model", exact=True)).to_have_value("SFT")
     expect(page.get_by_role("combobox", name="Second model", exact=True)).to_have_value("EMA")
     page.get_by_role("button", name="Link to this pair").click()
-    expect(page.locator("#link textarea")).to_have_value("?a=sft&b=ema&seed=7")
+    expect(page.locator("#link :is(input, textarea)")).to_have_value("?a=sft&b=ema&seed=7")
+    page.locator("#question textarea").fill("How much is 7 plus 3?")
+    press(page, "Ask both")
+    press(page, "Both bad")
+    expect(page.locator("#verdict")).to_contain_text("Your vote is saved")
+    vote = votes(run_dir)[-1]
+    assert vote["seed"] == 7
+    assert {vote[side]["checkpoint"] for side in "ab"} == {"sft", "ema"}
     page.goto(f"{url}?a=../../etc/passwd&b=ema")
     ready(page)
     expect(page.locator("#compare-status")).to_contain_text("names a checkpoint that is not here")
