@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit import distributed
+from rlhf_kit import distributed, faults
 from rlhf_kit.config import require
 from rlhf_kit.faults import Action, record
 from rlhf_kit.training_state import State
@@ -83,9 +83,14 @@ class MetricsLog:
         self._show(step, numbers, bar)
 
     def rewind(self, purge_step: int) -> None:
-        """Forget what was logged from this step on, as training goes back to before it."""
+        """Forget what was logged from this step on, as training goes back to before it.
+
+        Faults stay on record, as they did happen, unless training starts anew with step 0.
+        """
         self.close()
         self._purge_step = purge_step
+        if purge_step == 0 and distributed.is_main_rank():
+            (self.path.parent / faults.FILE_NAME).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close both files; logging again reopens them."""
