@@ -5,7 +5,6 @@ Shapes: B batch, P prompt, R response, T = P + R.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
