@@ -59,8 +59,11 @@ class ChatActions:
         messages = [*talk["messages"]]
         messages[turn] = edited
         changed = {**talk, "messages": messages}
-        self.keep(changed, browser, rest[0])
-        yield {**self.shown(rest[1], changed), self.tab.editor: gr.update(visible=False)}
+        yield {
+            **self.shown(rest[1], changed),
+            self.tab.editor: gr.update(visible=False),
+            **self.keep(changed, browser, rest[0]),
+        }
 
     def answer(
         self,
@@ -103,12 +106,13 @@ class ChatActions:
                         tab.status: status(event_line(language, event)),
                     }
             done = self.answered(language, asked, checkpoint, event)
-            self.keep(done, browser, checkpoint)
+            kept = self.keep(done, browser, checkpoint)
             stopped = event is not None and event.reason == "stopped"
             yield {
                 **self.shown(language, done),
                 tab.status: "",
                 self.page.announcement: say(language, "stopped" if stopped else "finished"),
+                **kept,
             }
         except ValueError as error:
             yield {
@@ -138,12 +142,12 @@ class ChatActions:
         if not places:
             return self.remark(say(language, "prompt_none"))
         shorter = cut(talk, places[-1])
-        self.keep(shorter, browser, checkpoint)
         return {
             **self.shown(language, shorter),
             self.tab.message: messages[places[-1]]["content"],
             self.tab.editor: gr.update(visible=False),
             self.tab.status: "",
+            **self.keep(shorter, browser, checkpoint),
         }
 
     def new(self, browser: Any, language: str) -> Update:
@@ -221,9 +225,9 @@ class ChatActions:
     def remark(self, text: str, kind: str = "") -> Update:
         return {self.tab.status: status(text, kind), self.page.announcement: text}
 
-    def keep(self, talk: Talk, browser: Any, checkpoint: str) -> None:
-        """Save a conversation, with what a reload shows again."""
-        with contextlib.suppress(ValueError):  # too long to keep is no reason to lose the answer
+    def keep(self, talk: Talk, browser: Any, checkpoint: str) -> Update:
+        """Save a conversation, with what a reload shows again; a sentence where that fails."""
+        try:
             self.bench.history.save(
                 key_of(browser),
                 "chat",
@@ -231,6 +235,9 @@ class ChatActions:
                 attempt=talk["attempt"],
                 checkpoint=self.bench.checkpoints.get(checkpoint).name,
             )
+        except ValueError as error:  # no reason to lose the answer
+            return self.remark(sentence(error), "error")
+        return {}
 
     def restore(self, browser: Any) -> tuple[Talk, str | None]:
         """The conversation that a browser left, and the id of its checkpoint where it is there."""

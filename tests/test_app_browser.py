@@ -10,6 +10,7 @@ import http.client
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -138,9 +139,20 @@ def bench(run_dir: Path, gate: Gate) -> Iterator[Workbench]:
 
 @pytest.fixture(scope="module")
 def url(bench: Workbench) -> Iterator[str]:
-    blocks, address = chat.start(bench, block=False)
-    yield address
-    blocks.close(verbose=False)
+    """The app's address; at the end, the server has looked for no other host."""
+    hosts: set[Any] = set()
+    look_up = socket.getaddrinfo
+
+    def noted(host: Any, *args: Any, **keywords: Any) -> Any:
+        hosts.add(host.decode() if isinstance(host, bytes) else host)
+        return look_up(host, *args, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", noted)
+        blocks, address = chat.start(bench, block=False)
+        yield address
+        blocks.close(verbose=False)
+    assert hosts and hosts <= {"127.0.0.1", "localhost"}
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +379,8 @@ def test_two_models_answer_one_prompt_and_their_scores_stand_below(page: Page, r
         expect(facts).to_contain_text(re.compile(r"Reward score\s*[+-]\d+\.\d\d"))
         expect(facts).to_contain_text(re.compile(r"KL to SFT\s*-?\d+\.\d\d nats"))
         expect(facts).to_contain_text(re.compile(r"Length\s*\d+ tokens"))
+    finished = page.get_by_role("status").filter(has_text=re.compile("Answer [AB] finished."))
+    expect(finished).to_be_attached()
     page.get_by_role("checkbox", name="Colour tokens by probability").check()
     shaded = page.locator("#answer-a .tokens span")
     expect(shaded.first).to_have_attribute("title", re.compile(r"probability \d\.\d+, logprob -?"))
