@@ -1,11 +1,12 @@
 """What does padding cost SFT and the reward model: random, length-bucketed, packed batches?
 
 The toy actor's shape trains on real dialogues (HH pairs with `--pairs FILE`, else the toy world):
-one forward and backward pass over the same rows, cut into steps of the same number of rows in
-three ways. Ways take turns in one process on one thread; seconds are the processor's, which other
-load on the machine hardly touches, and ratios are of medians over the rounds. Packing puts
-several rows into one sequence, with a block-diagonal attention mask and positions that begin anew
-for each row: for SFT alone, here. The losses of all ways agree, which is asserted.
+one forward and backward pass over the same rows, cut into steps in three ways. Ways take turns in
+one process on one thread; seconds are the processor's, which other load on the machine hardly
+touches, and ratios are of medians over the rounds. Packing puts several rows into one sequence,
+with a block-diagonal attention mask and positions that begin anew for each row: for SFT alone,
+here, and over the whole epoch, a step having as many tokens as those of the other ways. The
+losses of all ways agree, which is asserted.
 
     python benchmarks/packing.py [--pairs FILE] [--rows 256] [--rounds 3]
 """
@@ -54,7 +55,7 @@ def padding(batches: Indices, lengths: Sequence[int]) -> float:
 
 
 def packed(batch: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Rows of a batch in as few sequences as first-fit decreasing finds."""
+    """Rows in as few sequences of MAX_LENGTH tokens as first-fit decreasing finds."""
     room = max(MAX_LENGTH, max(lengths[i] for i in batch))
     bins: list[list[int]] = []
     for row in sorted(batch, key=lambda i: -lengths[i]):
@@ -99,7 +100,9 @@ def sft_ways(rows: Sequence[Encoded], tokenizer: Any) -> tuple[dict[str, Callabl
     order = epoch_order(len(rows), seed=1, epoch=0)
     random = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     bucketed = length_bucketed_batches(lengths, BATCH, seed=1, epoch=0)
-    bins = [packed(batch, lengths) for batch in random]
+    every = packed(order, lengths)  # of the whole epoch: the least padding there can be
+    together = max(1, round(BATCH * sum(lengths) / len(lengths) / MAX_LENGTH))  # as many tokens
+    bins = [every[i : i + together] for i in range(0, len(every), together)]
 
     def padded(batches: Indices) -> float:
         total = 0.0
