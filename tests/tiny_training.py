@@ -50,11 +50,19 @@ class Walk:
 class Training:
     """One start of a stage, as a notebook makes it."""
 
-    def __init__(self, directory: Path, *, size: int = 4, seed: int = 1, **checkpoint: Any):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        size: int = 4,
+        seed: int = 1,
+        walk: Any = None,
+        **checkpoint: Any,
+    ):
         values = {"every_steps": 2, "every_minutes": 0.0, "keep_last": 2, **checkpoint}
         changes = {f"checkpoint__{name}": value for name, value in values.items()}
         self.run = RunDirectory(directory, preset("toy", seed=seed, **changes), time.monotonic())
-        self.walk = Walk(size)
+        self.walk = walk or Walk(size)
         self.log = MetricsLog(self.run.stage("sft"), tensorboard=False)
         self.checkpoints = Checkpoints(
             self.run, "sft", {"walk": self.walk}, log=self.log, data=[["a row"]]
