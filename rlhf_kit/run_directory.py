@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit import distributed
+from rlhf_kit import distributed, fingerprint
 from rlhf_kit.checkpoint import is_complete
 from rlhf_kit.config import RunConfig, from_dict, override, preset
 from rlhf_kit.launch import ROOT, in_notebook
@@ -101,6 +101,7 @@ class RunDirectory:
             "tokens": int(sum(phase["tokens"] for phase in spent.values())),
             "phases": spent,
             "world_size": distributed.world_size(),
+            "settings_fingerprint": fingerprint.of_config(self.config),
             **details,
         }
         if distributed.is_main_rank():
