@@ -11,8 +11,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +30,7 @@ from apps import chat
 from apps.markup import coloured, pane, writing
 from apps.scores import TokenScore
 from apps.workbench import Workbench
+from rlhf_kit import pipeline
 from rlhf_kit.hybrid_engine.decode import Decoder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -43,16 +42,13 @@ SECONDS = 60
 """The longest wait for what has to come; a busy machine may need many."""
 expect.set_options(timeout=1000 * SECONDS)
 SMALL = {
-    "data.rows": "[384,192,64]",
-    "ppo.iterations": 2,
-    "ppo.batch_size": 32,
-    "ppo.minibatch_size": 16,
-    "ppo.micro_batch_size": 16,
-    "ppo.critic_warmup_iterations": 0,
-    "checkpoint.export_every": 1,
-    "evaluation.prompts": 8,
-    "evaluation.bootstrap": 100,
-    "evaluation.samples": 2,
+    "data__rows": (256, 96, 32),
+    "ppo__iterations": 2,
+    "ppo__batch_size": 16,
+    "ppo__minibatch_size": 16,
+    "ppo__micro_batch_size": 16,
+    "ppo__critic_warmup_iterations": 0,
+    "checkpoint__export_every": 1,
 }
 """Settings of a toy run of half a minute."""
 EVIL = (
@@ -106,12 +102,10 @@ def until(condition: Callable[[], Any], what: str) -> None:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy run through all three stages, with few rows."""
     directory = tmp_path_factory.mktemp("app") / "run"
-    settings = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
-    train = ["train", "--preset=toy", f"--output-dir={directory}", *settings]
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_kit.cli", *train], capture_output=True, text=True
+    record = pipeline.open_run(
+        directory, preset_name="toy", changes=SMALL, resume=False, command="test"
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert pipeline.train(directory, record, is_new=True) == 0
     return directory
 
 
