@@ -25,11 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit.launch import KERNEL
+from rlhf_kit.launch import KERNEL, RECORD_VARIABLE
 from rlhf_kit.parameters import CELL, parameters_of, parse_flags
 
-RECORD_VARIABLE = "RLHF_KIT_RECORD"
-"""The .ipynb to write; unset on all ranks but the main one."""
 FAILURE_VARIABLE = "RLHF_KIT_FAILURE"
 """The file by which the first rank that fails tells the others."""
 GOOD_ENDINGS = (0, 130, 143)

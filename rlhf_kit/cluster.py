@@ -25,6 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rlhf_kit.config import require
 from rlhf_kit.hostfile import check_environment_files, read_hostfile
@@ -305,27 +306,36 @@ def start(plan: Plan) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     launcher = subprocess.Popen(plan.command, env={**os.environ, **plan.environment})
-    before = {
-        number: signal.signal(number, lambda number, _: launcher.send_signal(number))
-        for number in (signal.SIGTERM,)
-    }
+    asked: list[int] = []  # exit codes of what asked us to stop
+
+    def pass_on(number: int, _: Any) -> None:
+        asked.append(128 + number)
+        launcher.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
-        code = _wait(launcher)
+        code = _wait(launcher, asked)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
     if not plan.identity:  # a batch job: it has only been submitted
         return 1 if code else 0
-    failed = report(plan.job.logs, plan.identity)
-    if not code and not failed:
-        print(f"The executed notebook is {plan.job.script.with_suffix('.ipynb')}.", flush=True)
-    return failed or (1 if code else 0)
+    if failed := report(plan.job.logs, plan.identity):
+        return failed
+    if asked:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return asked[0]
+    if code:
+        print(f"error: the launcher ended with exit code {code}", file=sys.stderr)
+        return 1
+    print(f"The executed notebook is {plan.job.script.with_suffix('.ipynb')}.", flush=True)
+    return 0
 
 
-def _wait(launcher: subprocess.Popen) -> int:
+def _wait(launcher: subprocess.Popen, asked: list[int]) -> int:
     """A terminal has sent Ctrl-C to the ranks as well, which may be saving."""
     while True:
         try:
             return launcher.wait()
         except KeyboardInterrupt:
+            asked.append(130)
             print("\nwaiting for the ranks to end", file=sys.stderr)

@@ -27,6 +27,8 @@ from typing import IO, Any
 from rlhf_kit.parameters import Value, check_values, help_text, parameters_of, parse_flags
 
 LOG_VARIABLE = "RLHF_KIT_LOG"
+RECORD_VARIABLE = "RLHF_KIT_RECORD"
+"""The .ipynb that the main rank of a launch writes; unset on all other ranks."""
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 PAIRING = {
@@ -39,6 +41,11 @@ PAIRING = {
 def in_notebook() -> bool:
     """Whether this process is a kernel: a place for tables, colours and plots."""
     return "ipykernel" in sys.modules
+
+
+def keeps_figures() -> bool:
+    """Whether the figures of this process are seen: in a kernel, and on a launch's main rank."""
+    return in_notebook() or RECORD_VARIABLE in os.environ
 
 
 def read_flags(namespace: dict[str, Any]) -> None:

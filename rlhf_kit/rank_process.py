@@ -25,10 +25,9 @@ from typing import IO, Any
 from rlhf_kit.cell_runner import (
     FAILURE_VARIABLE,
     GOOD_ENDINGS,
-    RECORD_VARIABLE,
     note_failure,
 )
-from rlhf_kit.launch import LOG_VARIABLE
+from rlhf_kit.launch import LOG_VARIABLE, RECORD_VARIABLE
 from rlhf_kit.pipeline import ending
 
 POLL, GRACE = 0.5, 5.0

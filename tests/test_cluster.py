@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,7 +46,7 @@ if iterations == 13 and rank == 1:
     while not standing.exists():
         time.sleep(0.02)
     os.kill(os.getpid(), 9)
-while iterations == 13:
+while iterations in (13, 14):
     standing.touch()
     time.sleep(0.02)
 """
@@ -244,6 +245,27 @@ def test_a_killed_rank_ends_all_and_is_named(notebook: Path, capfd: Any):
     err = capfd.readouterr().err
     assert err.splitlines()[0].startswith("error: rank 1 on ") and "was ended by SIGKILL" in err
     assert "  rank 1 of 2, ('1', ''): 13 none" in err.splitlines()
+
+
+def test_ctrl_c_stops_all_ranks_and_is_no_failure(notebook: Path):
+    words = ["launch", str(notebook), "--num-gpus=0", "--num-ranks=2", "--", "--iterations=14"]
+    launch = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_kit.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as a terminal's foreground job
+    )
+    assert launch.stdout is not None
+    assert launch.stdout.readline().startswith("rank 0 of 2")
+    while not all(log.endswith("14 none\n") for log in logs(Path())) or len(logs(Path())) < 2:
+        assert launch.poll() is None
+    os.killpg(launch.pid, signal.SIGINT)
+    _, err = launch.communicate(timeout=60)
+    assert launch.returncode == 130
+    assert err.strip().splitlines()[-1] == (
+        "stopped; the same command goes on from the last checkpoint"
+    )
 
 
 @pytest.mark.usefixtures("other_hosts")

@@ -56,10 +56,11 @@ class Picture:
         return b"png"
 
 
-pickle.loads(pickle.dumps(Picture()))
+picture = pickle.loads(pickle.dumps(Picture()))
+picture if launch.keeps_figures() else print("no figures")
 
 # %%
-silent = 1;
+picture;
 
 # %%
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_every_rank_logs_and_the_main_one_records_the_notebook(start: Any, tmp_p
     assert ends == [(0, "rank 0: 7 rounds\na warning\ndone\n"), (0, "")]
     first, *rest = (tmp_path / "logs" / "rank-1.log").read_text().splitlines()
     assert first.startswith("== 20") and " demo.py rank 1 of 2 on " in first
-    assert rest == ["rank 1: 7 rounds", "a warning", "done"]
+    assert rest == ["rank 1: 7 rounds", "a warning", "no figures", "done"]
 
     notebook = json.loads((tmp_path / "demo.ipynb").read_text())
     assert notebook["metadata"]["rlhf_kit"]["ranks"] == 2
