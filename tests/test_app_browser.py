@@ -59,6 +59,14 @@ NOT_OURS_TO_MEND: dict[str, str] = {}
 """axe's rules that Gradio's own markup breaks and no setting mends."""
 
 
+CUT_OFF = """() => [...document.querySelectorAll("main *")].filter((part) => {
+  const box = part.getBoundingClientRect();
+  return part.checkVisibility() && box.width > 1 && box.right > innerWidth + 1
+    && !part.closest(".table");
+}).map((part) => part.id || part.className)"""
+"""What lies beyond the right edge; tables scroll within themselves."""
+
+
 class Gate:
     """Lets tokens through: all of them, or as many as it is told to."""
 
@@ -345,7 +353,10 @@ def test_markup_in_questions_and_answers_is_shown_as_text_and_asks_for_nothing(p
     refused = page.evaluate(
         """() => new Promise((done) => {
             document.addEventListener("securitypolicyviolation", (e) => done(e.blockedURI));
-            document.body.append(Object.assign(new Image(), {src: "http://evil.example/c.png"}));
+            const image = new Image();
+            image.onload = image.onerror = () => setTimeout(() => done("asked for"), 1000);
+            image.src = "http://evil.example/c.png";
+            document.body.append(image);
         })"""
     )
     assert refused == "http://evil.example/c.png"
@@ -511,8 +522,8 @@ def test_a_telephone_needs_no_sideways_scrolling(browser: Browser, url: str, loc
         for item in page.get_by_role("tab").all():
             item.click()
             page.wait_for_function("document.fonts.status === 'loaded'")
-            width = page.evaluate("document.documentElement.scrollWidth")
-            assert width <= 390, item.inner_text()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            assert page.evaluate(CUT_OFF) == [], item.inner_text()
         page.get_by_role("tab").nth(1).click()
         tops = {box["y"] for b in page.locator("#votes button").all() if (box := b.bounding_box())}
         assert len(tops) == 1
