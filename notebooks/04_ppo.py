@@ -537,6 +537,9 @@ prepare_tokenizer(tokenizer)
 blend = Blend(args.data, args.seed)
 prompts = keep_fitting(tokenizer, blend["ppo"], args.data)
 texts = encode_demonstrations(tokenizer, blend["sft"], args.data)
+show(len(prompts.rows), "prompts,", len(texts.rows), "texts to mix in")
+
+# %%
 num_total_iters = args.ppo.iterations
 prompt_train_dataloader = PromptLoader(
     tokenizer,
@@ -545,7 +548,6 @@ prompt_train_dataloader = PromptLoader(
     iterations=num_total_iters,
     seed=args.seed,
 )
-show(len(prompts.rows), "prompts,", len(texts.rows), "texts to mix in")
 
 # %% [markdown]
 # | model | starts as | trained | what it says |
@@ -650,6 +652,10 @@ invariants.report(invariants.check_first_batch(trainer, out))
 
 # %%
 log = MetricsLog(run.stage("ppo"), console=["objective/score", "objective/kl"])
+samples = run.stage("ppo") / "samples.jsonl"
+quiet = None if distributed.is_main_rank() else True  # one bar, in terminals
+
+# %%
 checkpoints = Checkpoints(
     run,
     "ppo",
@@ -660,11 +666,9 @@ checkpoints = Checkpoints(
 )
 trainer.faults.roll_back = checkpoints.roll_back
 checkpoints.resume(resume)
-samples = run.stage("ppo") / "samples.jsonl"
-quiet = None if distributed.is_main_rank() else True  # one bar, in terminals
-bar = tqdm(checkpoints.remaining(prompt_train_dataloader), disable=quiet)
 
 # %%
+bar = tqdm(checkpoints.remaining(prompt_train_dataloader), disable=quiet)
 with checkpoints:
     for iteration, prompt_batch in bar:
         out = trainer.generate_experience(prompt_batch)

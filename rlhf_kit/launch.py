@@ -231,8 +231,8 @@ def _passing_on_signals() -> Iterator[Callable[[subprocess.Popen], None]]:
 
 def _wait(child: subprocess.Popen, name: str) -> None:
     """A terminal has sent Ctrl-C to the child as well, which may be saving."""
-    print(f"\nwaiting for {name} to end; Ctrl-C again ends it at once", file=sys.stderr)
     try:
+        print(f"\nwaiting for {name} to end; Ctrl-C again ends it at once", file=sys.stderr)
         child.wait()
     except KeyboardInterrupt:
         child.kill()

@@ -33,7 +33,7 @@ from rlhf_kit.launch import in_notebook
 from rlhf_kit.metrics import MetricsLog
 from rlhf_kit.run_directory import RunDirectory
 from rlhf_kit.signals import Signals
-from rlhf_kit.training_settings import training_settings
+from rlhf_kit.training_settings import sharing, training_settings
 from rlhf_kit.training_state import Stateful
 from rlhf_kit.types import Stage
 
@@ -263,7 +263,7 @@ class Checkpoints:
         stage = self.run.path / self.stage
         return {
             "stage": self.stage,
-            "ranks": distributed.world_size(),
+            "sharing": sharing(self.run),
             "metric": self._metric,
             "seconds": round(time.monotonic() - self.run.started, 2),
             "logs": {name: _size_on_disk(stage / name) for name in LOGS},
@@ -294,11 +294,9 @@ class Checkpoints:
             self._log.rewind(self.done + 1)
         self._on_main(lambda: self._cut_logs(manifest["logs"]))
         _say(f"going on from {path}")
-        if manifest["ranks"] != (ranks := distributed.world_size()):
-            _say(
-                f"it was saved by {manifest['ranks']} ranks and there are {ranks}: losses agree "
-                "within rounding, not to the last bit"
-            )
+        for name, value in sharing(self.run).items():
+            if (before := manifest["sharing"].get(name)) != value:
+                _say(f"{name} was {before} and is {value}: equal within rounding, not to the bit")
 
     def _load_parts(self, path: Path) -> dict[str, Any]:
         ranks = distributed.world_size()

@@ -296,6 +296,54 @@ def test_sigterm_reaches_the_notebook(tmp_path: Path):
     thread.join()
 
 
+def test_sigusr1_reaches_the_notebook_and_ends_nothing(tmp_path: Path, capfd):
+    path = cell(tmp_path, "n: int = 1  # one")
+    path.write_text(
+        path.read_text()
+        + "import os, signal, time\n"
+        + "ignored = signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN\n"
+        + "heard = []\nsignal.signal(signal.SIGUSR1, lambda *_: heard.append(1))\n"
+        + "os.kill(os.getppid(), signal.SIGUSR1)\n"
+        + "while not heard: time.sleep(0.01)\nprint('heard', ignored)\n"
+    )
+    before = signal.getsignal(signal.SIGUSR1)
+    assert launch.run_notebook(path, {}, log=tmp_path / "log") == 0
+    assert capfd.readouterr().out == "heard True\n"
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_after_ctrl_c_it_waits_until_a_second_one_ends_the_notebook(tmp_path: Path, capfd):
+    """The notebook interrupts its parent as a terminal would, and then saves for too long."""
+    path = cell(tmp_path, "n: int = 1  # one")
+    path.write_text(
+        path.read_text()
+        + "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        + "os.kill(os.getppid(), signal.SIGINT)\n"
+        + "while 'waiting for' not in open(os.environ['SAID']).read(): time.sleep(0.01)\n"
+        + "os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    said = tmp_path / "said"
+    code = (
+        "import sys; from rlhf_kit import launch\n"
+        f"launch.run_notebook({str(path)!r}, {{}}, log={str(tmp_path / 'log')!r})"
+    )
+    with said.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "SAID": str(said)},
+            stderr=file,
+            timeout=50,
+        )
+    assert done.returncode == -signal.SIGINT
+    assert f"waiting for {path.name} to end; Ctrl-C again ends it at once" in said.read_text()
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_anything_starts(notebook: Path, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"log can't be written \(.*\); choose another"):
+        launch.run_notebook(notebook, {}, log=tmp_path / "file" / "log")
+
+
 # ---- in a kernel
 
 

@@ -203,9 +203,21 @@ def test_another_trainings_checkpoint_is_refused_with_the_first_difference(tmp_p
         "(as a flag: --no-resume)"
     )
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        Training(tmp_path, seed=2).resume()
+        Training(tmp_path, changes={"seed": 2}).resume()
+    with pytest.raises(ValueError, match="sft.optimizer.learning_rate was 0.001 and is 0.002"):
+        Training(tmp_path, changes={"sft__optimizer__learning_rate": 0.002}).resume()
     assert saved(tmp_path) == [4, 2]
-    assert Training(tmp_path, every_steps=3).resume() == 4  # how often to save is no such setting
+
+
+def test_how_often_to_save_and_how_to_share_the_work_may_change(tmp_path: Path, capsys: Any):
+    trained(tmp_path, 4)
+    assert Training(tmp_path, every_steps=3, changes={"evaluation__prompts": 9}).resume() == 4
+    assert "within rounding" not in capsys.readouterr().out
+    assert Training(tmp_path, changes={"actor_engine__zero_stage": 2}).resume() == 4
+    assert (
+        "actor_engine.zero_stage was 0 and is 2: equal within rounding, not to the bit"
+        in capsys.readouterr().out
+    )
 
 
 def test_other_rows_and_another_format_are_refused(tmp_path: Path, monkeypatch: Any):

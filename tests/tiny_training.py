@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,14 @@ class Training:
         directory: Path,
         *,
         size: int = 4,
-        seed: int = 1,
         walk: Any = None,
+        changes: Mapping[str, Any] | None = None,
         **checkpoint: Any,
     ):
         values = {"every_steps": 2, "every_minutes": 0.0, "keep_last": 2, **checkpoint}
-        changes = {f"checkpoint__{name}": value for name, value in values.items()}
-        self.run = RunDirectory(directory, preset("toy", seed=seed, **changes), time.monotonic())
+        settings = {f"checkpoint__{name}": value for name, value in values.items()}
+        config = preset("toy", **settings, **(changes or {}))
+        self.run = RunDirectory(directory, config, time.monotonic())
         self.walk = walk or Walk(size)
         self.log = MetricsLog(self.run.stage("sft"), tensorboard=False)
         self.checkpoints = Checkpoints(
