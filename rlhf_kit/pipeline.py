@@ -112,15 +112,19 @@ def train(directory: Path, record: dict[str, Any], *, is_new: bool) -> int:
             print(f"{name}: done before", flush=True)
             continue
         start = time.monotonic()
-        code = run_stage(name, directory)
-        record["faults"] = read_faults(directory)
+        code = 130  # Ctrl-C, unless the stage ends before it
+        try:
+            code = run_stage(name, directory)
+        finally:
+            seconds = time.monotonic() - start + cut_short.pop(name, 0.0)
+            record["faults"] = read_faults(directory)
+            if code not in (0, 2):
+                cut_short[name] = round(seconds, 1)
+                write_json(directory / "run.json", record)
         if code == 2 and is_new and not record["stages"]:
             forget(directory)
             return code
-        seconds = time.monotonic() - start + cut_short.pop(name, 0.0)
         if code:
-            cut_short[name] = round(seconds, 1)
-            write_json(directory / "run.json", record)
             return code
         for done in files:
             require(

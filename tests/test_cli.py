@@ -282,6 +282,7 @@ def test_ctrl_c_ends_the_run_and_names_the_way_on(tmp_path: Path):
         "\nwaiting for 02_sft.py to end; Ctrl-C again ends it at once\n"
         f"\ninterrupted; go on with: rlhf-kit train --output-dir {run} --resume\n"
     )
+    assert list(record_of(run)["cut_short"]) == ["02_sft"]
 
 
 # ---- the rest
@@ -303,7 +304,7 @@ def test_run_takes_one_notebook_and_its_flags(tmp_path: Path, capfd, monkeypatch
     assert cli.main(["run", "missing.py"]) == 2
     assert capfd.readouterr().err.splitlines() == [
         "error: unknown parameter m; --help lists those there are",
-        "error: there is no notebook missing.py",
+        "error: there is no notebook 'missing.py', or it is not UTF-8",
     ]
 
 
