@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit.launch import KERNEL, RECORD_VARIABLE
+from rlhf_kit.launch import KERNEL, LOG_VARIABLE, RECORD_VARIABLE
 from rlhf_kit.parameters import CELL, parameters_of, parse_flags
 
 FAILURE_VARIABLE = "RLHF_KIT_FAILURE"
@@ -241,8 +241,11 @@ def _in_words(error: Exception, failure: Path) -> tuple[int, str | None]:
 def main(words: list[str]) -> None:
     script, *flags = words
     sys.argv = words
-    # What hangs can still be asked where it stands, in C code too.
-    faulthandler.register(signal.SIGUSR2)
+    # What hangs can still be asked where it stands, in C code too; a launcher asks by SIGTERM.
+    log = os.environ.get(LOG_VARIABLE)
+    trace = open(log, "a", encoding="utf-8") if log else sys.stderr  # noqa: SIM115, to the end
+    faulthandler.register(signal.SIGUSR2, file=trace, all_threads=False)
+    faulthandler.register(signal.SIGTERM, file=trace, all_threads=False, chain=True)
     failure = os.environ.get(FAILURE_VARIABLE)
     record = os.environ.get(RECORD_VARIABLE)
     try:

@@ -34,6 +34,7 @@ POLL, GRACE = 0.5, 5.0
 """Seconds between two looks at the failure file; seconds to end by oneself once it is there."""
 LAST_LINES = 25
 ENDED = "== ended"
+INNERMOST_FIRST = "(most recent call first):"
 LOST = 3
 """The exit code of `faults`; a rank that lost another one ends with it."""
 NO_DEVICES, LAUNCHERS_DEVICES = "none", "launcher"
@@ -124,24 +125,26 @@ def _log(lines: list[bytes], log: IO[str]) -> None:
 
 def _wait(child: subprocess.Popen, failure: Path, log: IO[str], launcher: int) -> int:
     """The child's exit code, after ending it where another rank or the launcher is gone."""
-    while True:
+    reason = ""
+    while not reason and child.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return child.wait(POLL)
+            child.wait(POLL)
         if failure.exists():
             reason = "another rank has failed"
         elif os.getppid() != launcher:
             reason = "the launcher is gone"
-        else:
-            continue
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return child.wait(GRACE)
-        child.send_signal(signal.SIGUSR2)  # prints where it stands
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
+    if child.poll() is None:
+        child.send_signal(signal.SIGUSR2)  # says where it stands
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(POLL)
         child.kill()
-        child.wait()
-        _log([f"{ENDED}, because {reason}; the lines above say where it stood".encode()], log)
-        return 1
+    elif not reason or child.returncode != -signal.SIGTERM:  # by itself
+        return child.returncode
+    child.wait()
+    _log([f"{ENDED}, because {reason}; the lines above say where it stood".encode()], log)
+    return 1
 
 
 def report(directory: Path, identity: str) -> int:
@@ -168,14 +171,15 @@ def report(directory: Path, identity: str) -> int:
 
 
 def _report_hung(directory: Path) -> None:
-    """Show where the first rank stood that did not even end when another one had failed."""
-    for log in sorted(directory.glob("rank-*.log")):
+    """Show where the ranks stood that did not end by themselves when another one had failed."""
+    for log in sorted(directory.glob("rank-*.log"), key=lambda path: int(path.stem[5:])):
         lines = _last_lines(log)
-        if lines and lines[-1].startswith(ENDED):
-            print(f"{log.stem.replace('-', ' ')} stood here:", file=sys.stderr)
-            for line in lines[:-1]:
-                print(f"  {line}", file=sys.stderr)
-            return
+        if not lines or not lines[-1].startswith(ENDED):
+            continue
+        heads = [number for number, line in enumerate(lines) if line.endswith(INNERMOST_FIRST)]
+        print(f"{log.stem.replace('-', ' ')} stood here:", file=sys.stderr)
+        for line in lines[heads[-1] + 1 if heads else 0 : -1][:3]:
+            print(f"  {line}", file=sys.stderr)
 
 
 def _last_lines(log: Path) -> list[str]:

@@ -189,11 +189,13 @@ def test_a_rank_that_others_lost_is_shown_where_it_stood(tmp_path: Path, capsys:
         json.dumps({"rank": 0, "host": "a", "code": 3, "sentence": "rank 0 lost another rank"})
     )
     (tmp_path / "rank-0.log").write_text("== 2026 x\nerror: rank 0 lost another rank\n")
-    (tmp_path / "rank-1.log").write_text("== 2026 x\n  File here, line 3\n== ended, because\n")
+    (tmp_path / "rank-1.log").write_text(
+        "== 2026 x\nThread 0x1 (most recent call first):\n" + "  File here\n" * 4 + "== ended\n"
+    )
     assert rank_process.report(tmp_path, "x") == 3
     assert capsys.readouterr().err.splitlines() == [
         "rank 1 stood here:",
-        "    File here, line 3",
+        *["    File here"] * 3,
         f"The logs of all ranks are in {tmp_path}.",
     ]
 
