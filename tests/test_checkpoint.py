@@ -179,7 +179,8 @@ def test_verify_names_a_file_that_was_changed_or_is_missing(name: str, exported:
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} was changed after it was written; export it again"):
+    changed = f"{name} was changed after it was written; export it again"
+    with pytest.raises(ValueError, match=changed):
         verify(exported)
     path.unlink()
     with pytest.raises(ValueError, match=f"{name} is missing; export it again"):

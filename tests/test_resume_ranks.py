@@ -116,7 +116,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "".join(outputs)[-3000:]
     (work / "said").write_text(outputs[0])
     assert outputs[1] == "", "the main rank speaks for all"
