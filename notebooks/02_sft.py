@@ -53,7 +53,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from rlhf_kit import distributed
+from rlhf_kit import distributed, preflight
 from rlhf_kit.blending import Blend, length_bucketed_batches
 from rlhf_kit.checkpoint import export
 from rlhf_kit.evaluate import is_toy_world
@@ -94,6 +94,7 @@ run = RunDirectory.open(
     actor_engine__lora__rank=lora_rank,
 )
 config = run.config
+preflight.check(run)
 distributed.seed_everything(config.seed)
 # Explanations are for readers: a script trains and prints little.
 show = print if launch.in_notebook() else lambda *_: None

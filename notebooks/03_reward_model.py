@@ -49,7 +49,7 @@ import math
 from collections import Counter
 
 import torch
-from rlhf_kit import distributed, plots, statistics
+from rlhf_kit import distributed, plots, preflight, statistics
 from rlhf_kit.blending import Blend
 from rlhf_kit.checkpoint import export
 from rlhf_kit.datasets import load_source
@@ -92,6 +92,7 @@ run = RunDirectory.open(
     critic_engine__zero_stage=zero_stage,
 )
 config = run.config
+preflight.check(run)
 distributed.seed_everything(config.seed)
 # Explanations are for readers: a script trains and prints little.
 show = print if launch.in_notebook() else lambda *_: None
@@ -182,11 +183,7 @@ plan = [
     batch
     for epoch in range(config.reward.epochs)
     for batch in prompt_batches(
-        train.rows,
-        config.reward.batch_size,
-        seed=config.seed,
-        epoch=epoch,
-        multiple=distributed.world_size(),
+        train.rows, config.reward.batch_size, seed=config.seed, epoch=epoch
     )
 ]
 engine = TrainingEngine(

@@ -65,6 +65,7 @@ from rlhf_kit import (
     DeepSpeedRLHFEngine,
     distributed,
     invariants,
+    preflight,
 )
 from rlhf_kit import functional as f
 from rlhf_kit.blending import Blend
@@ -115,6 +116,7 @@ run = RunDirectory.open(
     actor_engine__lora__rank=lora_rank,
 )
 args = run.args()
+preflight.check(run)
 distributed.seed_everything(args.seed)
 
 
@@ -720,9 +722,9 @@ panels = {
         "phase/train/seconds",
     ],
 }
-if launch.in_notebook():
+if launch.keeps_figures():
     figure = plot_curves(history, panels, xlabel="iteration")
-figure if launch.in_notebook() else None
+figure if launch.keeps_figures() else None
 
 # %% [markdown]
 # What you should see, and what trouble looks like:
@@ -832,9 +834,6 @@ if distributed.is_main_rank():
 #     deepspeed --num_gpus 8 notebooks/04_ppo.py --preset cluster \
 #         --zero_stage 3
 #     torchrun --nproc_per_node 8 notebooks/04_ppo.py --preset cluster
-#
-# Rows are shared out evenly, so on two ranks the toy preset needs
-# `--micro_batch_size 16`.
 #
 # ## What to read next
 #

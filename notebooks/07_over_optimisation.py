@@ -248,13 +248,7 @@ def train_reward_model(name, rows, seed):
     plan = [
         batch
         for epoch in range(pair_epochs)
-        for batch in pair_batches(
-            rows,
-            16,
-            seed=seed,
-            epoch=epoch,
-            multiple=distributed.world_size(),
-        )
+        for batch in pair_batches(rows, 16, seed=seed, epoch=epoch)
     ]
     trainer = RewardTrainer(
         TrainingEngine(

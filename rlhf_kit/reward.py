@@ -32,14 +32,13 @@ def last_token_scores(values: Tensor, last_index: Tensor) -> Tensor:
 
 
 def prompt_batches(
-    rows: Sequence[EncodedPair], batch_size: int, *, seed: int, epoch: int, multiple: int = 1
+    rows: Sequence[EncodedPair], batch_size: int, *, seed: int, epoch: int
 ) -> list[list[int]]:
     """Index lists of about `batch_size` pairs; all pairs of one prompt fall into one batch.
 
     Pairs of a prompt are correlated, and spread over steps they are fitted several times
     (InstructGPT, appendix C.2). Prompts of similar length share a batch, batches come in random
-    order. A batch holds at most `batch_size` pairs unless one prompt alone has more; its size
-    is cut to a multiple of `multiple`, the number of ranks, and the rest is dropped.
+    order. A batch holds at most `batch_size` pairs unless one prompt alone has more.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
@@ -59,8 +58,7 @@ def prompt_batches(
             batch = [*batch, *unit]
         batches.append(batch)
     chance.shuffle(batches)
-    cut = [batch[: len(batch) // multiple * multiple] for batch in batches]
-    return [batch for batch in cut if batch]
+    return batches
 
 
 class RewardTrainer:

@@ -103,24 +103,22 @@ def test_the_metrics_of_a_step_are_means_over_pairs(
 @given(
     sizes=st.lists(st.integers(1, 5), min_size=1, max_size=30),
     batch_size=st.integers(1, 8),
-    multiple=st.sampled_from([1, 2]),
     epoch=st.integers(0, 3),
 )
 @settings(max_examples=60, deadline=None)
 def test_prompts_are_never_split_and_no_batch_is_too_large(
-    sizes: list[int], batch_size: int, multiple: int, epoch: int
+    sizes: list[int], batch_size: int, epoch: int
 ):
     row = Encoded([1, 2, 3], 1)
     rows = [EncodedPair(row, row, str(i)) for i, size in enumerate(sizes) for _ in range(size)]
-    batches = prompt_batches(rows, batch_size, seed=1, epoch=epoch, multiple=multiple)
+    batches = prompt_batches(rows, batch_size, seed=1, epoch=epoch)
     seen = Counter(index for batch in batches for index in batch)
     assert max(seen.values(), default=1) == 1
-    assert multiple > 1 or len(seen) == len(rows)
+    assert len(seen) == len(rows)
     home: dict[str, int] = {}
     for number, batch in enumerate(batches):
         prompts = {rows[index].prompt_id for index in batch}
         assert len(batch) <= batch_size or len(prompts) == 1
-        assert len(batch) % multiple == 0
         for name in prompts:
             assert home.setdefault(name, number) == number
 
