@@ -6,6 +6,9 @@ from typing import Any
 
 from rlhf_kit.config import EngineConfig
 
+REDUCE_BUCKET = 50_000_000
+"""Gradient elements that are reduced at once. DeepSpeed allocates two buffers of this size for
+each engine, whatever the model's; by default they take 2 GB in bf16."""
 
 def deepspeed_config(engine: EngineConfig, *, max_grad_norm: float) -> dict[str, Any]:
     """The configuration of one DeepSpeed engine.
@@ -17,7 +20,7 @@ def deepspeed_config(engine: EngineConfig, *, max_grad_norm: float) -> dict[str,
     # With bf16 at stage 0 DeepSpeed takes a wrapper written for LAMB, whose start counts as an
     # Adam step and decays the weights. Stage 1 computes what stage 0 should.
     stage = max(engine.zero_stage, 1) if engine.dtype == "bf16" else engine.zero_stage
-    zero: dict[str, Any] = {"stage": stage}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if engine.offload_parameters:
