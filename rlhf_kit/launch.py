@@ -40,7 +40,8 @@ PAIRING = {
 
 def in_notebook() -> bool:
     """Whether this process is a kernel: a place for tables, colours and plots."""
-    return "ipykernel" in sys.modules
+    kernel: Any = sys.modules.get("ipykernel.kernelapp")  # others only import it
+    return kernel is not None and kernel.IPKernelApp.initialized()
 
 
 def keeps_figures() -> bool:
@@ -55,7 +56,7 @@ def read_flags(namespace: dict[str, Any]) -> None:
     sentence and exit code 2.
     """
     script = namespace.get("__name__") in ("__main__", "__mp_main__") and "__file__" in namespace
-    if not script or ("ipykernel" in sys.modules and "get_ipython" in namespace):
+    if not script or (in_notebook() and "get_ipython" in namespace):
         return
     os.environ["MPLBACKEND"] = "Agg"
     # Outside of a loop that saves there is nothing to save; by default this signal kills.
