@@ -17,6 +17,8 @@ import httpx
 from app_runs import ask, write_run
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from apps import chat
 from apps.limits import Limits
@@ -119,6 +121,30 @@ def test_a_call_past_the_limits_is_refused_in_one_sentence(
     text = str(error.value)
     assert message in text and "\n" not in text and len(text) < 300
     harmless(bench, text)
+    assert bench.generation.running() == 0
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "path", "meta", "x"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@given(changes=st.dictionaries(st.sampled_from(sorted(GOOD)), ANYTHING, min_size=1, max_size=3))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_call_is_answered_or_refused_in_one_sentence(
+    bench: Workbench, client: Client, changes: dict[str, Any]
+):
+    try:
+        event = client.predict(*{**GOOD, **changes}.values(), api_name="/chat")
+        assert event["reason"] in ("end", "length")
+    except AppError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400
+        harmless(bench, str(error))
     assert bench.generation.running() == 0
 
 
