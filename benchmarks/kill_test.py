@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import runpy
 import shutil
@@ -365,6 +366,9 @@ def main(words: list[str] | None = None) -> int:
         "while_writing": sum(bool(trial.writing) for trial in trials),
         "from_the_beginning": sum(not trial.went_on_from for trial in trials),
         "seconds": round(time.monotonic() - start),
+        "date": pipeline.now(),
+        "commit": pipeline.commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": pipeline.versions(),
         "settings": SETTINGS,
         "trials": [asdict(trial) for trial in trials],
