@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apps import api, chat_actions, chat_tab, compare_actions, compare_tab, progress_tab
 from apps.markup import transcript
+from apps.memory import give_back_freed_memory
 from apps.page import QUIET, Labels, Page, choices, key_of
 from apps.text import LANGUAGES, preferred, say
 from apps.theme import POLICY, STYLE, head, theme
@@ -276,6 +277,7 @@ def main(
     """Serve `run_dir` until Ctrl-C; the exit code. ValueError with one sentence."""
     require(language is None or language in ("en", "zh"), "--language is en or zh")
     password = password or find_password(host, share)
+    give_back_freed_memory()
     bench = Workbench(run_dir)
     bench.warm()
     if password:
