@@ -10,6 +10,7 @@ REDUCE_BUCKET = 50_000_000
 """Gradient elements that are reduced at once. DeepSpeed allocates two buffers of this size for
 each engine, whatever the model's; by default they take 2 GB in bf16."""
 
+
 def deepspeed_config(engine: EngineConfig, *, max_grad_norm: float) -> dict[str, Any]:
     """The configuration of one DeepSpeed engine.
 

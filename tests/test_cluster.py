@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -299,6 +300,6 @@ def test_plain_launchers_take_the_notebook_as_it_is(launcher: str, notebook: Pat
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    printed = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
-    assert [line[:12] for line in printed] == ["rank 0 of 2,", "rank 1 of 2,"]
-    assert all(line.endswith(": 5 none") for line in printed)
+    # Both ranks write to one pipe, where the ends of their lines may change places.
+    assert sorted(re.findall(r"rank (\d) of 2, ", done.stdout)) == ["0", "1"]
+    assert done.stdout.count(": 5 none") == 2
