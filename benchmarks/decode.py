@@ -1,0 +1,218 @@
+"""Generation: transformers' `generate` and ours, side by side, over the weights being trained.
+
+    python benchmarks/decode.py [--models opt-1.3b qwen2.5-1.5b llama-3.2-1b] [--batches 16 64 256]
+
+Prompts of 256 random tokens, 256 new tokens each, sampled at temperature 1, bf16, random
+weights. Ours generates from the parameters of a HybridEngine (ZeRO-1), the others from a plain
+model. For each: tokens a second over the whole call, and over decoding alone (the time of a call
+that samples one token is taken off). The floor is what reading every weight and every cached key
+and value once a token would take at this device's own copy bandwidth, measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shapes import causal_lm, environment, prompts
+from rlhf_kit.config import EngineConfig, GenerationConfig, OptimizerConfig
+from rlhf_kit.hybrid_engine.engine import HybridEngine
+from rlhf_kit.models import response_logits
+
+PROMPT, NEW, REPEATS = 256, 256, 3
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy far larger than any cache."""
+    size = 2**31 if torch.cuda.is_available() else 2**24
+    a = torch.randn(size, device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
+    b = torch.empty_like(a)
+    times = []
+    for _ in range(8):
+        synchronize()
+        begin = time.perf_counter()
+        b.copy_(a)
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    return 2 * a.nbytes / statistics.median(times[2:])
+
+
+def floor_seconds(model: Any, batch: int, bandwidth: float) -> float:
+    """Seconds of one decode step at the device's bandwidth, the context half grown."""
+    config = model.config.get_text_config()
+    weights = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    embedding = model.get_input_embeddings().weight
+    if embedding.data_ptr() != model.get_output_embeddings().weight.data_ptr():
+        del weights[embedding.data_ptr()]  # rows of it are looked up, no more
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    context = batch * (PROMPT + NEW / 2)
+    cached = context * config.num_hidden_layers * kv_heads * size * 2 * embedding.element_size()
+    return (sum(weights.values()) + cached) / bandwidth
+
+
+def timed(generate: Callable[[int], Any]) -> dict[str, float]:
+    """Seconds of the first call, and the medians of later ones, for one and for NEW tokens."""
+    begin = time.perf_counter()
+    generate(NEW)
+    synchronize()
+    first = time.perf_counter() - begin
+    seconds = {}
+    for new in (1, NEW):
+        times = []
+        generate(new)
+        for _ in range(REPEATS):
+            synchronize()
+            begin = time.perf_counter()
+            generate(new)
+            synchronize()
+            times.append(time.perf_counter() - begin)
+        seconds[new] = statistics.median(times)
+    return {"first": first, "prompt": seconds[1], "total": seconds[NEW]}
+
+
+def figures(seconds: dict[str, float], batch: int, floor: float) -> dict[str, float]:
+    decoding = (seconds["total"] - seconds["prompt"]) / (NEW - 1)
+    return {
+        "tokens_per_second": batch * NEW / seconds["total"],
+        "decode_tokens_per_second": batch / decoding,
+        "decode_step_ms": 1e3 * decoding,
+        "share_of_floor": floor / decoding,
+        "prompt_seconds": seconds["prompt"],
+        "first_call_seconds": seconds["first"],
+    }
+
+
+def plain(model: Any, batch: int, vocabulary: int, **kwargs: Any) -> Callable[[int], Any]:
+    ids = prompts(batch, PROMPT, vocabulary).input_ids.to(model.device)
+    mask = torch.ones_like(ids)
+
+    @torch.no_grad()
+    def generate(new: int) -> Any:
+        return model.generate(
+            input_ids=ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new,
+            do_sample=True, temperature=1.0, top_k=0, pad_token_id=1, **kwargs,
+        )  # fmt: skip
+
+    return generate
+
+
+def ours(engine: HybridEngine, batch: int, vocabulary: int) -> Callable[[int], Any]:
+    batch_of_prompts = prompts(batch, PROMPT, vocabulary).to(engine.device)
+
+    def generate(new: int) -> Any:
+        config = GenerationConfig(max_new_tokens=new, min_new_tokens=new, slots=batch)
+        return engine.generate(batch_of_prompts, config)
+
+    return generate
+
+
+@torch.no_grad()
+def parity(engine: HybridEngine, vocabulary: int) -> dict[str, float]:
+    """Logprobs of what ours sampled against two of transformers' attentions, in nats."""
+    config = GenerationConfig(max_new_tokens=64, slots=16)
+    rollout = engine.generate(prompts(16, 64, vocabulary).to(engine.device), config)
+    model: Any = engine.module
+    before, found = model.config._attn_implementation, {}
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        logits = response_logits(
+            model, rollout.sequences, rollout.attention_mask, rollout.response_ids.shape[1]
+        )
+        logprobs = logits.float().log_softmax(-1)
+        found[name] = logprobs.gather(-1, rollout.response_ids[..., None])[..., 0]
+    model.set_attn_implementation(before)
+    mask = rollout.response_mask
+    gap = (rollout.logprobs - found["sdpa"])[mask].abs()
+    spread = (found["eager"] - found["sdpa"])[mask].abs()
+    return {
+        "ours_to_sdpa_mean": float(gap.mean()),
+        "ours_to_sdpa_max": float(gap.max()),
+        "eager_to_sdpa_mean": float(spread.mean()),
+        "eager_to_sdpa_max": float(spread.max()),
+    }
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure(name: str, batches: list[int], peers: list[str], bandwidth: float) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = causal_lm(name, device=device, dtype=dtype)
+    vocabulary = model.config.vocab_size
+    rows: dict[str, Any] = {str(b): {} for b in batches}
+    for peer in peers:
+        kwargs = {"cache_implementation": "static"} if peer == "static" else {}
+        for batch in batches:
+            floor = floor_seconds(model, batch, bandwidth)
+            seconds = timed(plain(model, batch, vocabulary, **kwargs))
+            rows[str(batch)][f"transformers_{peer}"] = figures(seconds, batch, floor)
+            report(name, batch, f"transformers {peer}", rows[str(batch)][f"transformers_{peer}"])
+        torch.compiler.reset()
+        free()
+    engine = HybridEngine(
+        model,
+        EngineConfig(zero_stage=1, dtype="bf16" if device == "cuda" else "fp32"),
+        OptimizerConfig(),
+        total_steps=10,
+        eos_token_ids=[2],
+        pad_token_id=1,
+    )
+    engine.eval()
+    for batch in batches:
+        floor = floor_seconds(engine.module, batch, bandwidth)
+        seconds = timed(ours(engine, batch, vocabulary))
+        rows[str(batch)]["ours"] = figures(seconds, batch, floor)
+        rows[str(batch)]["ours"]["captured"] = engine.decoder.capture_seconds
+        report(name, batch, "ours", rows[str(batch)]["ours"])
+    rows["parity"] = parity(engine, vocabulary)
+    print(f"{name}: {rows['parity']}", flush=True)
+    return rows
+
+
+def report(name: str, batch: int, who: str, row: dict[str, float]) -> None:
+    print(
+        f"{name} batch {batch:4d} {who:22s} {row['tokens_per_second']:9,.0f} tokens/s, decoding "
+        f"alone {row['decode_tokens_per_second']:9,.0f} ({row['decode_step_ms']:.2f} ms a step, "
+        f"{row['share_of_floor']:.0%} of the floor), prompts {row['prompt_seconds']:.3f} s, "
+        f"first call {row['first_call_seconds']:.1f} s",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["opt-1.3b", "qwen2.5-1.5b", "llama-3.2-1b"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 256])
+    parser.add_argument("--peers", nargs="*", default=["static"], choices=["static", "dynamic"])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.json"))
+    args = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    print(f"copy {bandwidth / 1e9:,.0f} GB/s", flush=True)
+    results: dict[str, Any] = {**environment(), "copy_bytes_per_second": bandwidth, "models": {}}
+    for name in args.models:
+        results["models"][name] = measure(name, args.batches, args.peers, bandwidth)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        free()
+
+
+if __name__ == "__main__":
+    main()
