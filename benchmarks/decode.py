@@ -38,7 +38,9 @@ def synchronize() -> None:
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy far larger than any cache."""
     size = 2**31 if torch.cuda.is_available() else 2**24
-    a = torch.randn(size, device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
+    a = torch.randn(
+        size, device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16
+    )
     b = torch.empty_like(a)
     times = []
     for _ in range(8):

@@ -26,7 +26,11 @@ from rlhf_kit.hybrid_engine.slots import Slots
 
 HIDDEN, LAYERS, FFN, VOCABULARY = 2048, 24, 8192, 50272
 CONTEXT, CAPACITY = 384, 512
-SHAPES = {"opt-1.3b": (32, 32, 64, 24), "llama-3.2-1b": (32, 8, 64, 16), "qwen2.5-1.5b": (12, 2, 128, 28)}
+SHAPES = {
+    "opt-1.3b": (32, 32, 64, 24),
+    "llama-3.2-1b": (32, 8, 64, 16),
+    "qwen2.5-1.5b": (12, 2, 128, 28),
+}
 """Query heads, key/value heads, head size, layers."""
 
 
@@ -55,7 +59,12 @@ def random(*shape: int) -> torch.Tensor:
 
 def products(batches: list[int]) -> dict[str, Any]:
     layers = [
-        (random(3 * HIDDEN, HIDDEN), random(HIDDEN, HIDDEN), random(FFN, HIDDEN), random(HIDDEN, FFN))
+        (
+            random(3 * HIDDEN, HIDDEN),
+            random(HIDDEN, HIDDEN),
+            random(FFN, HIDDEN),
+            random(HIDDEN, FFN),
+        )
         for _ in range(LAYERS)
     ]
     head = random(VOCABULARY, HIDDEN)
@@ -78,7 +87,11 @@ def products(batches: list[int]) -> dict[str, Any]:
 
 def attention(name: str, batch: int, sweep: bool) -> dict[str, Any]:
     heads, kv_heads, size, layers = SHAPES[name]
-    query, key, value = random(heads, batch, size), random(kv_heads, batch, size), random(kv_heads, batch, size)
+    query, key, value = (
+        random(heads, batch, size),
+        random(kv_heads, batch, size),
+        random(kv_heads, batch, size),
+    )
     caches = [
         (random(batch, kv_heads, CAPACITY, size), random(batch, kv_heads, CAPACITY, size))
         for _ in range(layers)
@@ -100,26 +113,30 @@ def attention(name: str, batch: int, sweep: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"ours_ms": graph_ms(ours), "sdpa_ms": graph_ms(sdpa)}
     found["ours_bytes_per_second"] = 1e3 * nbytes / found["ours_ms"]
     line = f"attention {name}, batch {batch}: ours {found['ours_ms']:.3f} ms, "
-    print(f"{line}{found['ours_bytes_per_second'] / 1e9:,.0f} GB/s; sdpa {found['sdpa_ms']:.3f}", flush=True)
+    print(
+        f"{line}{found['ours_bytes_per_second'] / 1e9:,.0f} GB/s; sdpa {found['sdpa_ms']:.3f}",
+        flush=True,
+    )
     if sweep:
-        before, rows = dict(kernels.TILES), []
-        dot = heads != kv_heads
+        before, rows = kernels.tiles, []
         few = max(1, 512 // (batch * kv_heads))
         for block, warps, stages, splits in itertools.product(
             (32, 64, 128), (2, 4, 8), (2, 4), sorted({few, 2 * few, 4 * few})
         ):
             if batch * kv_heads * splits > 10000 or splits > CAPACITY // 16:
                 continue
-            kernels.TILES[dot] = (block, warps, stages)
+            kernels.tiles = lambda *_, tile=(block, warps, stages): tile
             try:
                 ms = graph_ms(lambda splits=splits: ours(splits), 10)
             except Exception as error:  # a tile too large for this GPU
                 print(type(error).__name__, block, warps, stages)
                 continue
             rows.append((ms, block, warps, stages, splits))
-        kernels.TILES.update(before)
+        kernels.tiles = before
         found["sweep"] = sorted(rows)[:8]
-        print("  best (ms, block, warps, stages, splits):", *sorted(rows)[:5], sep="\n   ", flush=True)
+        print(
+            "  best (ms, block, warps, stages, splits):", *sorted(rows)[:5], sep="\n   ", flush=True
+        )
     return found
 
 
@@ -161,7 +178,8 @@ def main() -> None:
         "flops": flops,
         "products": products(args.batches),
         "attention": {
-            name: {str(b): attention(name, b, args.sweep and b != 64) for b in args.batches} for name in SHAPES
+            name: {str(b): attention(name, b, args.sweep and b != 64) for b in args.batches}
+            for name in SHAPES
         },
         "sampling": {str(b): sampling(b) for b in args.batches},
     }

@@ -73,6 +73,9 @@ class LoRAConfig:
     """Must be 0 in PPO, where every forward has to agree."""
     target_modules: str = "all-linear"
     """Which layers get adapters, as peft names them (comma-separated names also work)."""
+    merge: bool = True
+    """Generate from a copy of the weights with the adapters added: faster, for a second copy of
+    the adapted weights while generating."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora rank must be 0 (off) or more")
@@ -97,6 +100,10 @@ class EngineConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters instead of all weights."""
+    cuda_graphs: bool = True
+    """On a GPU, compile the actor's layers for generation and replay each step as a CUDA graph."""
+    keep_cache: bool = False
+    """Keep the KV cache and the captured steps while training: saves a second an iteration."""
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage must be 0, 1, 2 or 3")

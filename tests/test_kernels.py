@@ -76,7 +76,10 @@ def test_attention_over_slots_equals_float64_and_stores_the_new_token(shape, dty
     query = random(rows, heads, size + 8)[..., :size].transpose(0, 1)
     key = random(rows, kv_heads, size).transpose(0, 1)
     value = random(rows, kv_heads, value_size).transpose(0, 1)
-    keys, values = random(slots, kv_heads, capacity, size), random(slots, kv_heads, capacity, value_size)
+    keys, values = (
+        random(slots, kv_heads, capacity, size),
+        random(slots, kv_heads, capacity, value_size),
+    )
     lengths = torch.randint(0, longest, (rows,), generator=chance).to(DEVICE)
     lengths[0], lengths[1] = longest, 0
     before = keys.clone(), values.clone()
@@ -116,7 +119,9 @@ def slots_of(rows: int, limit: int, *, eos=(5, 7)) -> Slots:
 
 @pytest.mark.parametrize("vocabulary", [11, 1024, 2500])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_tokens_and_logprobs_are_those_of_the_inverted_distribution(vocabulary, temperature):
+def test_sampled_tokens_and_logprobs_are_those_of_the_inverted_distribution(
+    vocabulary, temperature
+):
     rows = 24
     slots = slots_of(rows, 4)
     chance = torch.Generator().manual_seed(vocabulary)
@@ -189,9 +194,19 @@ def test_advance_by_hand():
             slots.produced, slots.ended, slots.eos, limit=2,
         )  # fmt: skip
         if tokens == [9, 5, 9]:  # the prompt's 4 tokens are in the cache; the token is not yet
-            assert slots.state[:, 1:].tolist() == [[9, 5, 9], [4, 0, 4], [0, 1, 2], [1, 0, 1], [1, 0, 1]]
+            assert slots.state[:, 1:].tolist() == [
+                [9, 5, 9],
+                [4, 0, 4],
+                [0, 1, 2],
+                [1, 0, 1],
+                [1, 0, 1],
+            ]
     assert slots.response_ids.tolist() == [[9, 8], [5, 0], [9, 7]]
     assert slots.logprobs.tolist() == [[-1, -1], [-2, 0], [-3, -3]]
     assert slots.produced.tolist() == [2, 1, 2] and slots.ended.tolist() == [0, 1, 1]
-    assert slots.state[[LENGTH, AT, ALIVE], 1:].eq(0).all() and slots.state[ROW, 1:].tolist() == [0, 1, 2]
+    assert slots.state[[LENGTH, AT, ALIVE], 1:].eq(0).all() and slots.state[ROW, 1:].tolist() == [
+        0,
+        1,
+        2,
+    ]
     assert slots.state[TOKEN, 1:].tolist() == [8, 8, 7]

@@ -88,8 +88,10 @@ class PromptPlan:
     """K prompts, packed one after another, going into `slots`."""
 
     cache: KVCache
-    slots: Tensor
-    """[K] the slot of each prompt."""
+    rows: int
+    """K."""
+    slots: slice | Tensor
+    """The slots: K neighbours, or their numbers [K]."""
     pad: Tensor | None
     """[K, P] where each prompt's tokens stand in the packed row; any token behind its end. None:
     all prompts have the same length, and the packed row is [K, P] already."""
@@ -105,7 +107,7 @@ class PromptPlan:
 
     def _padded(self, x: Tensor) -> Tensor:
         """[M, H, D] -> [K, H, P, D]."""
-        rows = x.unflatten(0, (len(self.slots), -1)) if self.pad is None else x[self.pad]
+        rows = x.unflatten(0, (self.rows, -1)) if self.pad is None else x[self.pad]
         return rows.transpose(1, 2)
 
 

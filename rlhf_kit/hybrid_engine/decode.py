@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from rlhf_kit.hybrid_engine.attention import (
     own_attention,
 )
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
+from rlhf_kit.hybrid_engine.merged_adapters import MergedAdapters
 from rlhf_kit.hybrid_engine.slots import ALIVE, LENGTH, TOKEN, Slots
 from rlhf_kit.hybrid_engine.step import Step
 from rlhf_kit.types import PromptBatch, Rollout
@@ -105,12 +107,18 @@ class Decoder:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         captured: bool | None = None,
+        merge_adapters: bool = False,
     ) -> None:
-        """`captured` replays each step as a CUDA graph; None does so wherever there is a GPU."""
+        """`captured` replays each step as a CUDA graph; None does so wherever there is a GPU.
+
+        `merge_adapters` decodes from a copy of the weights with LoRA added, made anew by every
+        call: fewer products a step, for a second copy of the adapted weights.
+        """
         self.model = _without_adapter_wrapper(model)
         self.pad_token_id = pad_token_id
         self.eos_token_ids = tuple(eos_token_ids)
         self.captured = captured
+        self.merged = MergedAdapters(self.model) if merge_adapters else None
         self.last_stats: DecodeStats | None = None
         self._kept: Step | None = None
         require(len(self.eos_token_ids) > 0, "name at least one EOS token id to stop at")
@@ -135,7 +143,8 @@ class Decoder:
         """
         begin = time.perf_counter()
         run = _Run(self, prompts, generation)
-        with own_attention(self.model):
+        merged = self.merged.refreshed() if self.merged is not None else nullcontext()
+        with own_attention(self.model), merged:
             while run.waiting or run.occupied:
                 run.admit()
                 if run.occupied:
@@ -174,8 +183,10 @@ class Decoder:
         return self._kept.capture_seconds if self._kept is not None else 0.0
 
     def release(self) -> None:
-        """Free the KV cache and the captured steps; the next call makes them again."""
+        """Free the KV cache, captured steps and merged weights; the next call makes them again."""
         self._kept = None
+        if self.merged is not None:
+            self.merged.release()
 
     def _step(self, rows: int, longest: int, generation: GenerationConfig) -> Step:
         """A step with room for all of this: the one that was kept, or a new one."""
@@ -370,8 +381,13 @@ class _Run:
         pad = (ends - lengths)[:, None] + at.minimum(lengths[:, None] - 1)
         unpad = inside.flatten().nonzero()[:, 0]
         positions = at.expand_as(inside)[inside]
+        neighbours = slots == list(range(slots[0], slots[0] + len(slots)))
         plan = PromptPlan(
-            self.cache, into, None if inside.all() else pad.to(device), unpad.to(device)
+            self.cache,
+            len(slots),
+            slice(slots[0], slots[0] + len(slots)) if neighbours else into,
+            None if inside.all() else pad.to(device),
+            unpad.to(device),
         )
         logits = self._forward(
             self.packed[source], positions.to(device), plan, (ends - 1).to(device)

@@ -32,7 +32,21 @@ class HybridEngine(TrainingEngine):
         """`model` is a transformers causal LM; responses end at any of `eos_token_ids`."""
         super().__init__(model, config, optimizer, total_steps=total_steps)
         # After initialize: ZeRO moves parameters once, into its flat buffers, and never again.
-        self.decoder = Decoder(self.module, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id)
+        # Under ZeRO-3 a merged copy would be the whole model again, on every rank.
+        merge = config.lora.rank > 0 and config.lora.merge and config.zero_stage < 3
+        self.decoder = Decoder(
+            self.module,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+            captured=None if config.cuda_graphs else False,
+            merge_adapters=merge,
+        )
+
+    def train(self) -> None:
+        """Training mode; what generation holds is freed, unless `keep_cache`."""
+        if not self.config.keep_cache:
+            self.decoder.release()
+        super().train()
 
     def generate(self, prompts: PromptBatch, generation: GenerationConfig) -> Rollout:
         """Sample one response to each prompt from the current weights."""

@@ -23,13 +23,19 @@ from torch import Tensor
 
 VOCABULARY_BLOCK = 1024
 """Logits a program of the first sampling kernel reads."""
-PROGRAMS = 1024
-"""Programs that fill the largest chips: about eight for each of 132 multiprocessors."""
-SPLIT_TOKENS = 64
+SPLIT_TOKENS = 32
 """Fewer cached tokens than this are not worth a program of their own."""
 
-TILES = {False: (32, 2, 3), True: (64, 4, 3)}
-"""Tokens read at once, warps and loads in flight, without and with grouped heads."""
+
+def tiles(programs: int, grouped: bool) -> tuple[int, int, int]:
+    """Tokens read at once, warps, and loads in flight of the attention kernel.
+
+    The fastest of those timed on an H100 (`benchmarks/limits.py --sweep`). With few programs each
+    has to keep more bytes in flight.
+    """
+    if grouped:
+        return (32, 2, 2) if programs <= 256 else (64, 4, 2)
+    return (128, 2, 2) if programs <= 1024 else (32, 2, 2)
 
 
 @triton.jit
@@ -161,14 +167,15 @@ def attend(
     groups = heads // kv_heads
     dot = groups > 1
     if not splits:
-        wanted = max(1, PROGRAMS // (rows * kv_heads))
+        # About four programs a multiprocessor; those with a matrix product each are shorter.
+        wanted = max(1, (1024 if dot else 512) // (rows * kv_heads))
         splits = min(triton.next_power_of_2(wanted), max(1, keys.shape[2] // SPLIT_TOKENS), 32)
     out = query.new_empty(rows, heads, value_size)
     partial = stats = out
     if splits > 1:
         partial = query.new_empty(rows, heads, splits, value_size, dtype=torch.float32)
         stats = query.new_empty(rows, heads, splits, 2, dtype=torch.float32)
-    block, warps, stages = TILES[dot]
+    block, warps, stages = tiles(rows * kv_heads, dot)
     _attend[(rows, kv_heads, splits)](
         query, key, value, keys, values, lengths, out, partial, stats,
         query.stride(1), query.stride(0), key.stride(1), key.stride(0),

@@ -23,8 +23,10 @@ class KVCache:
         self.max_len = max_len
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def write_prompts(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store whole prompts [K, Hkv, P, D] in `slots` [K]."""
+    def write_prompts(
+        self, layer: int, slots: slice | Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Store whole prompts [K, Hkv, P, D] in K `slots`; neighbours, a slice, are faster."""
         for block, new in zip(self._layer(layer, keys, values), (keys, values), strict=True):
             block[slots, :, : new.shape[2]] = new
 
