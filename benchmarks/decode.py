@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from shapes import causal_lm, environment, prompts
+
 from rlhf_kit.config import EngineConfig, GenerationConfig, OptimizerConfig
 from rlhf_kit.hybrid_engine.engine import HybridEngine
 from rlhf_kit.models import response_logits

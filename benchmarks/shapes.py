@@ -85,6 +85,37 @@ def causal_lm(name: str, *, device: str, dtype: torch.dtype) -> Any:
             torch.set_default_dtype(torch.float32)
 
 
+def scorer(name: str, *, device: str, dtype: torch.dtype) -> Any:
+    """A random sequence classifier with one label of a shape of SHAPES."""
+    import transformers
+
+    kind, fields = SHAPES[name]
+    config = transformers.AutoConfig.for_model(kind, num_labels=1, pad_token_id=1, **fields)
+    torch.manual_seed(1)
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        try:
+            return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def word_tokenizer() -> Any:
+    """A tokenizer of a handful of words: prompts here are numbers already."""
+    import transformers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "a", "b"])}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
 def prompts(rows: int, length: int, vocabulary: int, *, seed: int = 1) -> PromptBatch:
     """Rows of random tokens, all of one length."""
     chance = torch.Generator().manual_seed(seed)

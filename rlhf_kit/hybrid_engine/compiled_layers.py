@@ -87,9 +87,9 @@ def join_linears(graph: torch.fx.GraphModule, names: Sequence[str]) -> None:
     """
     groups: dict[Any, list[torch.fx.Node]] = {}
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target is F.linear and not node.kwargs:
-            if all(x is None or x.op == "placeholder" for x in node.args[1:]):
-                groups.setdefault(node.args[0], []).append(node)
+        is_linear = node.op == "call_function" and node.target is F.linear and not node.kwargs
+        if is_linear and all(x is None or x.op == "placeholder" for x in node.args[1:]):
+            groups.setdefault(node.args[0], []).append(node)
     for source, nodes in groups.items():
         if len(nodes) < 2:
             continue

@@ -37,9 +37,7 @@ class MergedAdapters:
                 self._buffers[name] = torch.empty_like(weight)
             delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
             torch.add(weight, delta, out=self._buffers[name])
-        before = {
-            name: (weight.data, layers[name].disable_adapters) for name, weight in bases.items()
-        }
+        before = {name: weight.data for name, weight in bases.items()}
         try:
             for name, weight in bases.items():
                 weight.data = self._buffers[name]
@@ -47,7 +45,8 @@ class MergedAdapters:
             yield
         finally:
             for name, weight in bases.items():
-                weight.data, layers[name]._disable_adapters = before[name]
+                weight.data = before[name]
+                layers[name]._disable_adapters = False
 
     def release(self) -> None:
         """Free the copy."""
