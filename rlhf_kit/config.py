@@ -519,6 +519,17 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What is held in memory, and where."""
+
+    logprob_chunk: int = 1024
+    """Tokens whose logits exist at a time, in fp32, where logprobs are computed."""
+
+    def __post_init__(self) -> None:
+        require(self.logprob_chunk > 0, "memory.logprob_chunk must be at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One whole run: data, three stages, evaluation."""
 
@@ -552,6 +563,8 @@ class RunConfig:
     """What to do when something breaks."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """Reward hacking."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What lies where."""
 
     def __post_init__(self) -> None:
         require(bool(self.actor_model), "actor_model must name a model")
