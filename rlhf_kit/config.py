@@ -325,6 +325,9 @@ class PPOConfig:
     """Rows an optimiser step, over all ranks."""
     micro_batch_size: int = 32
     """Rows a forward pass, on one rank."""
+    micro_batch_tokens: int = 0
+    """Tokens a forward pass, on one rank, padding counted: rows of a minibatch that are of similar
+    length go together. 0 goes by `micro_batch_size`."""
     actor_optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(eps=1e-5, schedule="linear")
     )
@@ -373,6 +376,7 @@ class PPOConfig:
             min(self.batch_size, self.minibatch_size, self.micro_batch_size) > 0,
             "ppo batch sizes must be positive",
         )
+        require(self.micro_batch_tokens >= 0, "ppo.micro_batch_tokens must be 0 (off) or more")
         require(
             0 <= self.critic_warmup_iterations < self.iterations,
             f"ppo.critic_warmup_iterations is {self.critic_warmup_iterations} of {self.iterations} "
