@@ -347,6 +347,7 @@ trainer = SFTTrainer(
     config.sft,
     pad_token_id=tokenizer.pad_token_id,
     faults=Faults(config.faults, run.stage("sft")),
+    logprob_chunk=config.memory.logprob_chunk,
 )
 
 # %% [markdown]

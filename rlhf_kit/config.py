@@ -332,6 +332,9 @@ class PPOConfig:
     """Rows an optimiser step, over all ranks."""
     micro_batch_size: int = 32
     """Rows a forward pass, on one rank."""
+    micro_batch_tokens: int = 0
+    """Tokens a forward pass, on one rank, padding counted: rows of a minibatch that are of similar
+    length go together. 0 goes by `micro_batch_size`."""
     actor_optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(eps=1e-5, schedule="linear")
     )
@@ -380,6 +383,7 @@ class PPOConfig:
             min(self.batch_size, self.minibatch_size, self.micro_batch_size) > 0,
             "ppo batch sizes must be positive",
         )
+        require(self.micro_batch_tokens >= 0, "ppo.micro_batch_tokens must be 0 (off) or more")
         require(
             0 <= self.critic_warmup_iterations < self.iterations,
             f"ppo.critic_warmup_iterations is {self.critic_warmup_iterations} of {self.iterations} "
@@ -526,6 +530,17 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What is held in memory, and where."""
+
+    logprob_chunk: int = 1024
+    """Tokens whose logits exist at a time, in fp32, where logprobs are computed."""
+
+    def __post_init__(self) -> None:
+        require(self.logprob_chunk > 0, "memory.logprob_chunk must be at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One whole run: data, three stages, evaluation."""
 
@@ -559,6 +574,8 @@ class RunConfig:
     """What to do when something breaks."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """Reward hacking."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What lies where."""
 
     def __post_init__(self) -> None:
         require(bool(self.actor_model), "actor_model must name a model")

@@ -55,6 +55,22 @@ def all_any(flag: bool, device: torch.device | str = "cpu") -> bool:
     return bool(all_sum(torch.tensor(float(flag), device=device)).item() > 0)
 
 
+_hosts: list[Any] = []
+"""The process group of the hosts, made when first asked for."""
+
+
+def any_host(flag: bool) -> bool:
+    """`all_any` over the CPUs' own connection: no host waits for what its GPU has still to do."""
+    if world_size() == 1:
+        return flag
+    if not _hosts:
+        gloo = dist.get_backend() == "gloo"
+        _hosts.append(dist.group.WORLD if gloo else dist.new_group(backend="gloo"))
+    said = torch.tensor(float(flag))
+    dist.all_reduce(said, op=dist.ReduceOp.SUM, group=_hosts[0])
+    return said.item() > 0
+
+
 def gather_objects(value: Any) -> list[Any]:
     """One picklable object of every rank, in rank order, on all ranks."""
     if world_size() == 1:

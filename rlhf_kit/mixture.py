@@ -17,11 +17,12 @@ from torch import Tensor
 
 from rlhf_kit import distributed, fingerprint
 from rlhf_kit.config import RunConfig, exact_div, require
-from rlhf_kit.functional import language_model_loss, mixture_weight
+from rlhf_kit.functional import mixture_weight
 from rlhf_kit.hybrid_engine.training import TrainingEngine
+from rlhf_kit.micro_batches import within_tokens
 from rlhf_kit.rlhf_engine import RLHFEngine
-from rlhf_kit.sft import language_model_forward
-from rlhf_kit.tokenization import Encoded, SFTBatch, collate_sft
+from rlhf_kit.sft import Text, loss_tokens, text_loss
+from rlhf_kit.tokenization import Encoded, collate_sft
 from rlhf_kit.training_state import State
 
 MEASURE_EVERY = 10
@@ -59,7 +60,8 @@ class MixtureLoss:
         self.actor = engine.actor
         self.config = args.ppo.mixture
         self.seed = args.seed
-        self.micro_batch_size = args.ppo.micro_batch_size
+        self.logprob_chunk = args.memory.logprob_chunk
+        self.by_tokens = args.ppo.micro_batch_tokens > 0
         self.pad_token_id = engine.pad_token_id
         size = max(int(args.ppo.minibatch_size * self.config.batch_ratio), 1)
         exact_div(size, distributed.world_size(), "mixture rows a minibatch / ranks")
@@ -81,13 +83,19 @@ class MixtureLoss:
         index = torch.randint(len(self.rows), (self.batch_size,), generator=generator)
         return [self.rows[i] for i in index.tolist()]
 
-    def _batches(self, size: int | None = None) -> list[SFTBatch]:
-        """This step's micro-batches of this rank, of `size` rows or as the config says."""
+    def _texts(self, size: int) -> list[Text]:
+        """This step's micro-batches of this rank, of `size` rows, or tokens as in PPO."""
+        drawn = self._drawn(self.steps)
+        parts = distributed.micro_batches(drawn, len(drawn) if self.by_tokens else size)
+        if self.by_tokens:
+            (mine,), ranks = parts, distributed.world_size()
+            lengths = [[row.length for row in drawn[rank::ranks]] for rank in range(ranks)]
+            most = max(len(within_tokens(of_rank, size)) for of_rank in lengths)
+            groups = within_tokens(lengths[distributed.rank()], size, at_least=most)
+            parts = [[mine[place] for place in group] for group in groups]
         return [
-            collate_sft(part, pad_token_id=self.pad_token_id).to(self.actor.device)
-            for part in distributed.micro_batches(
-                self._drawn(self.steps), size or self.micro_batch_size
-            )
+            Text.of(collate_sft(part, pad_token_id=self.pad_token_id), self.actor.device)
+            for part in parts
         ]
 
     def fingerprint(self, steps: range) -> int:
@@ -96,12 +104,10 @@ class MixtureLoss:
 
     def tokens(self) -> float:
         """Loss tokens of this step's text, over all ranks."""
-        count = sum(int(batch.loss_mask[:, 1:].sum()) for batch in self._batches())
-        return float(distributed.all_sum(torch.tensor(float(count), device=self.actor.device)))
+        return loss_tokens(self._drawn(self.steps))
 
-    def _loss(self, model: Callable[..., Any], batch: SFTBatch, tokens: float) -> Tensor:
-        logits = language_model_forward(model, batch)
-        return language_model_loss(logits, batch.input_ids, batch.loss_mask, denominator=tokens)
+    def _loss(self, model: Callable[..., Any], text: Text, tokens: float) -> Tensor:
+        return text_loss(model, text, denominator=tokens, chunk=self.logprob_chunk)
 
     def due(self) -> bool:
         """Whether the weight is to be measured now: on the first and every tenth step."""
@@ -110,8 +116,8 @@ class MixtureLoss:
     def gradient(self, probes: Sequence[Tensor], tokens: float, size: int) -> list[Tensor]:
         """This rank's part of the text's gradient on the probes, on the bare module."""
         total = [torch.zeros_like(p, dtype=torch.float32) for p in probes]
-        for batch in self._batches(size):
-            loss = self._loss(self.actor.module, batch, tokens)
+        for text in self._texts(size):
+            loss = self._loss(self.actor.module, text, tokens)
             for sum_, grad in zip(total, torch.autograd.grad(loss, probes), strict=True):
                 sum_ += grad
         return total
@@ -134,8 +140,8 @@ class MixtureLoss:
         repeated one must be the same.
         """
         total = torch.zeros((), device=self.actor.device)
-        for batch in self._batches(size):
-            loss = self._loss(self.actor, batch, tokens)
+        for text in self._texts(size):
+            loss = self._loss(self.actor, text, tokens)
             backward(self.actor, self.weight * loss)
             total += loss.detach()
         return total

@@ -244,13 +244,16 @@ class ValueModel(nn.Module):
         self.std = std
         score_head(scorer)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, T] ids and mask -> [B, T] fp32 values; column t has read tokens up to t."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, T] ids and mask -> [B, T] fp32 values; column t has read tokens up to t.
+
+        Rows that are padded on the right alone need no mask.
+        """
+        where = {}
+        if attention_mask is not None:
+            where = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
         hidden = self.scorer.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
+            input_ids=input_ids, use_cache=False, **where
         ).last_hidden_state
         return (self.scorer.score(hidden).squeeze(-1).float() - self.mean) / self.std
 

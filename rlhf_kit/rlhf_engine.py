@@ -1,6 +1,6 @@
 """The four models of PPO, each in its engine: actor, ref, critic, reward model; and the EMA.
 
-Shapes: B batch, P prompt, R response, T = P + R, V vocabulary.
+Shapes: B batch, R response, T sequence; N response tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from torch import Tensor
 from rlhf_kit import distributed
 from rlhf_kit.config import RunConfig, exact_div, require
 from rlhf_kit.ema import EMA
-from rlhf_kit.functional import token_logprobs
 from rlhf_kit.hybrid_engine.engine import HybridEngine
 from rlhf_kit.hybrid_engine.training import TrainingEngine, start_deepspeed
+from rlhf_kit.micro_batches import MicroBatch, micro_batches
 from rlhf_kit.models import (
     ValueModel,
     adapters_off,
@@ -28,11 +28,11 @@ from rlhf_kit.models import (
     load_causal_lm,
     load_scorer,
     resolve_model,
-    response_logits,
     saved_normalisation,
 )
-from rlhf_kit.reward import last_token_scores
+from rlhf_kit.token_logprobs import chosen_logprobs
 from rlhf_kit.tokenization import (
+    ScoreBatch,
     decode_response,
     encode_scored,
     load_tokenizer,
@@ -44,22 +44,6 @@ from rlhf_kit.types import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def trim(
-    sequences: Tensor, attention_mask: Tensor, response_length: int
-) -> tuple[Tensor, Tensor, int, int]:
-    """Cut columns that are padding in every row, left and right.
-
-    [B, T] ids and mask, R -> ids, mask, the longest response left r <= R, and the number of
-    columns cut on the left. Only the padding of a micro-batch's own longest row is computed on.
-    """
-    used = attention_mask.any(0).nonzero().squeeze(1)
-    left, right = int(used[0]), int(used[-1]) + 1
-    prompt_length = sequences.shape[1] - response_length
-    right = max(right, prompt_length + 1)
-    kept = right - prompt_length
-    return sequences[:, left:right], attention_mask[:, left:right], kept, left
 
 
 class RLHFEngine:
@@ -90,11 +74,12 @@ class RLHFEngine:
         self.device = distributed.local_device()
         ppo, ranks = args.ppo, distributed.world_size()
         local = exact_div(ppo.minibatch_size, ranks, "ppo.minibatch_size / ranks")
-        exact_div(
-            local,
-            min(ppo.micro_batch_size, local),
-            "ppo.minibatch_size on each rank / ppo.micro_batch_size",
-        )
+        if not ppo.micro_batch_tokens:
+            exact_div(
+                local,
+                min(ppo.micro_batch_size, local),
+                "ppo.minibatch_size on each rank / ppo.micro_batch_size",
+            )
         updates = ppo.epochs * exact_div(
             ppo.batch_size, ppo.minibatch_size, "ppo.batch_size / ppo.minibatch_size"
         )
@@ -150,7 +135,7 @@ class RLHFEngine:
         )
 
     @contextlib.contextmanager
-    def _ref_model(self) -> Iterator[torch.nn.Module]:
+    def ref(self) -> Iterator[torch.nn.Module]:
         """The frozen SFT model: a copy, or the actor with its adapters off."""
         if self._ref is not None:
             yield self._ref
@@ -158,48 +143,97 @@ class RLHFEngine:
             with adapters_off(self.actor.module):
                 yield self.actor.module
 
+    def logprobs(
+        self,
+        model: Callable[..., Any],
+        micro: MicroBatch,
+        temperature: float,
+        *,
+        entropy: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """[N] logprobs of response tokens under the actor or the ref, and [N] entropies."""
+        return chosen_logprobs(
+            model,
+            micro.input_ids,
+            micro.places,
+            chunk=self.args.memory.logprob_chunk,
+            temperature=temperature,
+            entropy=entropy,
+        )
+
     @torch.no_grad()
     def actor_logprobs(
         self, sequences: Tensor, attention_mask: Tensor, response_length: int, temperature: float
     ) -> Tensor:
-        """[B, R] logprobs of the responses under the actor as it is now."""
-        logits = response_logits(self.actor, sequences, attention_mask, response_length)
-        return token_logprobs(logits, sequences[:, -response_length:], temperature=temperature)
+        """[B, R] logprobs of the responses under the actor as it is now; 0 behind their ends."""
+        (micro,) = micro_batches(sequences, attention_mask, response_length)
+        found = self.logprobs(self.actor, micro, temperature)[0]
+        return micro.spread(found, response_length)
 
     @torch.no_grad()
     def ref_logprobs(
         self, sequences: Tensor, attention_mask: Tensor, response_length: int, temperature: float
     ) -> Tensor:
-        """[B, R] logprobs of the responses under the frozen SFT model."""
-        with self._ref_model() as ref:
-            logits = response_logits(ref, sequences, attention_mask, response_length)
-        return token_logprobs(logits, sequences[:, -response_length:], temperature=temperature)
+        """[B, R] logprobs of the responses under the frozen SFT model; 0 behind their ends."""
+        (micro,) = micro_batches(sequences, attention_mask, response_length)
+        with self.ref() as ref:
+            found = self.logprobs(ref, micro, temperature)[0]
+        return micro.spread(found, response_length)
 
     def values(self, sequences: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
-        """[B, R] the critic's value of the state before each response token."""
-        values = self.critic(sequences, attention_mask)
-        return values[:, -response_length - 1 : -1]
+        """[B, R] the critic's value of the state before each response token; 0 behind the end."""
+        (micro,) = micro_batches(sequences, attention_mask, response_length)
+        return micro.spread(micro.before(self.critic(micro.input_ids)), response_length)
 
-    @torch.no_grad()
     def score(self, rollout: Rollout) -> Tensor:
         """[B] raw scores, read at each response's last token, the EOS where there is one."""
-        if self.shares_tokenizer:
-            mask = rollout.attention_mask
-            last = rollout.prompts.input_ids.shape[1] + rollout.response_mask.sum(-1) - 1
-            return last_token_scores(self.reward(rollout.sequences, mask), last)
+        sequences, mask = rollout.sequences, rollout.attention_mask
+        length = rollout.response_ids.shape[1]
+        return self.scores(rollout, micro_batches(sequences, mask, length, meet=False))
+
+    @torch.no_grad()
+    def scores(
+        self,
+        rollout: Rollout,
+        parts: Sequence[MicroBatch],
+        *,
+        size: int | None = None,
+        by_tokens: bool = False,
+    ) -> Tensor:
+        """`score` by the micro-batches of a rollout.
+
+        Where the reward model has a tokenizer of its own, text is encoded anew, and that cut into
+        micro-batches of `size`.
+        """
+        if not self.shares_tokenizer:
+            batch = self._encoded_anew(rollout).to(self.device)
+            parts = micro_batches(
+                batch.input_ids,
+                batch.attention_mask,
+                1,
+                size=size,
+                by_tokens=by_tokens,
+                meet=False,
+            )
+        scores = torch.empty(len(rollout.prompts), device=self.device)
+        for micro in parts:
+            values = self.reward(micro.input_ids).flatten()
+            scores[micro.rows] = values.index_select(0, micro.lasts)
+        return scores
+
+    def _encoded_anew(self, rollout: Rollout) -> ScoreBatch:
+        """The dialogues of a rollout by the reward model's tokenizer, padded on the right."""
         responses = [
             decode_response(self.tokenizer, ids[mask].tolist())
             for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
         ]
-        batch = encode_scored(
+        return encode_scored(
             self.reward_tokenizer,
             rollout.prompts.dialogues,
             responses,
             ended=rollout.ended.tolist(),
             max_length=self.args.data.max_length,
-        ).to(self.device)
-        values = self.reward(batch.input_ids, batch.attention_mask)
-        return last_token_scores(values, batch.last_index)
+        )
 
 
 def _tokenizer_of(model: str, actor_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -1,22 +1,22 @@
 """Stage 1: supervised fine-tuning on demonstrations, with the loss on responses only.
 
-Shapes: B batch, T sequence tokens, V vocabulary.
+Shapes: B batch, T sequence tokens, V vocabulary, N tokens that count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from rlhf_kit import distributed, fingerprint
-from rlhf_kit.config import SFTConfig
+from rlhf_kit.config import MemoryConfig, SFTConfig
 from rlhf_kit.faults import Faults
-from rlhf_kit.functional import language_model_loss
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.models import position_ids
+from rlhf_kit.token_logprobs import chosen_logprobs
 from rlhf_kit.tokenization import Encoded, SFTBatch, collate_sft
 from rlhf_kit.training_state import State
 
@@ -31,6 +31,38 @@ def language_model_forward(model: Callable[..., Any], batch: SFTBatch) -> torch.
     ).logits
 
 
+class Text(NamedTuple):
+    """Right-padded rows on the device, and which of their tokens the loss counts.
+
+    A causal model needs no mask for them: padding comes after every token that counts.
+    """
+
+    input_ids: torch.Tensor
+    """[B, T]"""
+    places: torch.Tensor
+    """[N] where the tokens that count stand in the flattened ids."""
+
+    @classmethod
+    def of(cls, batch: SFTBatch, device: torch.device) -> Text:
+        """Of a batch on the CPU: a GPU that searched for places would make its host wait."""
+        mask = batch.loss_mask.clone()
+        mask[:, 0] = False  # nothing stands before it that could predict it
+        return cls(batch.input_ids.to(device), mask.flatten().nonzero().squeeze(1).to(device))
+
+
+def loss_tokens(rows: Sequence[Encoded]) -> float:
+    """How many tokens of a global batch count: what every token's loss is divided by."""
+    return float(sum(row.length - max(row.prompt_length, 1) for row in rows))
+
+
+def text_loss(
+    model: Callable[..., Any], text: Text, *, denominator: float, chunk: int
+) -> torch.Tensor:
+    """`language_model_loss` by a causal LM (or an engine around one), `chunk` logits at a time."""
+    logprobs, _ = chosen_logprobs(model, text.input_ids, text.places, chunk=chunk)
+    return -logprobs.sum() / denominator
+
+
 class SFTTrainer:
     """`step(rows)` trains on the rows of one global batch, `evaluate(rows)` gives their loss."""
 
@@ -41,39 +73,41 @@ class SFTTrainer:
         *,
         pad_token_id: int,
         faults: Faults | None = None,
+        logprob_chunk: int = MemoryConfig.logprob_chunk,
     ):
-        """`faults` says what to do when something breaks; None takes the defaults."""
+        """`faults` says what to do when something breaks; None takes the defaults.
+
+        `logprob_chunk` is `memory.logprob_chunk` of the run's configuration.
+        """
         self.engine = engine
+        self.logprob_chunk = logprob_chunk
         self.config = config
         self.pad_token_id = pad_token_id
         self.faults = faults or Faults()
         self.faults.place = [(engine, "steps_done")]
         self.micro_batch_size = config.micro_batch_size
 
-    def _batches(self, rows: Sequence[Encoded], size: int) -> list[SFTBatch]:
+    def _texts(self, rows: Sequence[Encoded], size: int) -> list[Text]:
         """This rank's micro-batches, on the device; rows without loss make the shares even."""
         row = min(rows, key=lambda row: row.length)
         shared = distributed.filled(rows, replace(row, prompt_length=row.length))
         return [
-            collate_sft(part, pad_token_id=self.pad_token_id).to(self.engine.device)
+            Text.of(collate_sft(part, pad_token_id=self.pad_token_id), self.engine.device)
             for part in distributed.micro_batches(shared, size)
         ]
 
-    def _loss_tokens(self, rows: Sequence[Encoded]) -> float:
-        """Response tokens of the global batch: what every token's loss is divided by."""
-        batches = self._batches(rows, self.micro_batch_size)
-        count = sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
-        return float(distributed.all_sum(torch.tensor(float(count), device=self.engine.device)))
+    def _loss(self, text: Text, tokens: float) -> torch.Tensor:
+        return text_loss(self.engine, text, denominator=tokens, chunk=self.logprob_chunk)
 
     def step(self, rows: Sequence[Encoded]) -> dict[str, float]:
         """One optimiser step; the metrics are means over all response tokens of the batch."""
         self.engine.train()
         self.faults.step = self.engine.steps_done + 1
-        tokens = self._loss_tokens(rows)
+        tokens = loss_tokens(rows)
         total, self.micro_batch_size = self.faults.within_memory(
             "training",
             self.micro_batch_size,
-            lambda size: self._backward(self._batches(rows, size), tokens),
+            lambda size: self._backward(self._texts(rows, size), tokens),
             lower="sft.micro_batch_size",
             undo=self.engine.drop_gradients,
             whole=self.engine.config.zero_stage < 3,
@@ -89,16 +123,11 @@ class SFTTrainer:
             return {**metrics, "faults/skipped": 1.0}
         return {**metrics, "optim/lr": info.learning_rate, "optim/grad_norm": info.grad_norm}
 
-    def _backward(self, batches: Sequence[SFTBatch], tokens: float) -> torch.Tensor:
+    def _backward(self, texts: Sequence[Text], tokens: float) -> torch.Tensor:
         """Add the gradients of this rank's micro-batches; its share of the loss."""
         total = torch.zeros((), device=self.engine.device)
-        for batch in batches:
-            loss = language_model_loss(
-                language_model_forward(self.engine, batch),
-                batch.input_ids,
-                batch.loss_mask,
-                denominator=tokens,
-            )
+        for text in texts:
+            loss = self._loss(text, tokens)
             self.faults.backward(self.engine, loss)
             total += loss.detach()
         return total
@@ -107,15 +136,12 @@ class SFTTrainer:
     def evaluate(self, rows: Sequence[Encoded]) -> float:
         """Mean loss a response token over `rows`, weighted by tokens and not by batches."""
         self.engine.eval()
-        tokens = self._loss_tokens(rows)
+        tokens = loss_tokens(rows)
 
         def loss(size: int) -> torch.Tensor:
             total = torch.zeros((), device=self.engine.device)
-            for batch in self._batches(rows, size):
-                logits = language_model_forward(self.engine, batch)
-                total += language_model_loss(
-                    logits, batch.input_ids, batch.loss_mask, denominator=tokens
-                )
+            for text in self._texts(rows, size):
+                total += self._loss(text, tokens)
             return total
 
         total, self.micro_batch_size = self.faults.within_memory(

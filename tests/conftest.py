@@ -80,7 +80,7 @@ def tiny_model(kind: str, tokenizer: Any, *, eos_scale: float = 10.0, **fields: 
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
-            **PARAMETERS[kind],
+            **PARAMETERS.get(kind, {}),
             **fields,
         },
     )

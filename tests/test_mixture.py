@@ -66,7 +66,7 @@ def test_the_weighted_gradient_has_the_share_that_was_asked_for(
     policy, _ = trainer._policy(actor.module, experience, tokens)
     of_policy = torch.autograd.grad(policy, probes)
     count = mixture.tokens()
-    text = sum(mixture._loss(actor.module, batch, count) for batch in mixture._batches())
+    text = sum(mixture._loss(actor.module, part, count) for part in mixture._texts(8))
     of_text = torch.autograd.grad(text, probes)
     norms = [
         torch.stack([g.square().sum() for g in grads]).sum().sqrt()
@@ -113,10 +113,10 @@ def test_every_step_draws_other_texts_and_every_run_the_same(
         mixture = PPOTrainer(engine=engine, args=args, mixture_rows=texts).mixture
         assert mixture is not None
         for mixture.steps in range(2):
-            batches, tokens = mixture._batches(), mixture.tokens()
-            assert sum(len(batch) for batch in batches) == 8
-            assert tokens == sum(int(batch.loss_mask[:, 1:].sum()) for batch in batches)
-            drawn.append([row.tolist() for batch in batches for row in batch.input_ids])
+            parts, tokens = mixture._texts(3), mixture.tokens()
+            assert [len(text.input_ids) for text in parts] == [3, 3, 2]
+            assert tokens == sum(len(text.places) for text in parts)
+            drawn.append([row.tolist() for text in parts for row in text.input_ids])
     assert drawn[:2] == drawn[2:] and drawn[0] != drawn[1]
 
 
