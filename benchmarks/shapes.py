@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rlhf_kit.models import disable_dropout
 from rlhf_kit.types import PromptBatch
 
 _OPT = {"vocab_size": 50272, "max_position_embeddings": 2048}
@@ -80,9 +81,11 @@ def causal_lm(name: str, *, device: str, dtype: torch.dtype) -> Any:
     with torch.device(device):
         torch.set_default_dtype(dtype)
         try:
-            return transformers.AutoModelForCausalLM.from_config(config).eval()
+            model = transformers.AutoModelForCausalLM.from_config(config).eval()
         finally:
             torch.set_default_dtype(torch.float32)
+    disable_dropout(model)
+    return model
 
 
 def scorer(name: str, *, device: str, dtype: torch.dtype) -> Any:
@@ -95,9 +98,11 @@ def scorer(name: str, *, device: str, dtype: torch.dtype) -> Any:
     with torch.device(device):
         torch.set_default_dtype(dtype)
         try:
-            return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+            model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
         finally:
             torch.set_default_dtype(torch.float32)
+    disable_dropout(model)
+    return model
 
 
 def word_tokenizer() -> Any:

@@ -38,13 +38,16 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Inside, the model's layers run compiled, with the number of tokens left open."""
     layers = decoder_layers(model)
     with torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=1024):
+        before = [vars(layer).get("forward") for layer in layers]
         for layer in layers:
-            layer.forward = _open_length(layer)  # type: ignore[method-assign]
+            vars(layer)["forward"] = _open_length(layer)
         try:
             yield
         finally:
-            for layer in layers:
-                del layer.forward
+            for layer, forward in zip(layers, before, strict=True):
+                del vars(layer)["forward"]
+                if forward is not None:
+                    vars(layer)["forward"] = forward
 
 
 def _open_length(layer: nn.Module) -> Callable[..., Any]:
