@@ -4,9 +4,10 @@
 
 Prompts of 256 random tokens, 256 new tokens each, sampled at temperature 1, bf16, random
 weights. Ours generates from the parameters of a HybridEngine (ZeRO-1), the others from a plain
-model. For each: tokens a second over the whole call, and over decoding alone (the time of a call
-that samples one token is taken off). The floor is what reading every weight and every cached key
-and value once a token would take at this device's own copy bandwidth, measured first.
+model. For each: tokens a second over the whole call, and over decoding alone: the time of
+reading the prompts is taken off, which for transformers is that of one plain forward. The floor
+is what reading every weight and every cached key and value once a token would take at this
+device's own copy bandwidth, measured first.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from shapes import causal_lm, environment, prompts
 
 from rlhf_kit.config import EngineConfig, GenerationConfig, OptimizerConfig
 from rlhf_kit.hybrid_engine.engine import HybridEngine
-from rlhf_kit.models import response_logits
+from rlhf_kit.models import disable_dropout, response_logits
 
-PROMPT, NEW, REPEATS = 256, 256, 3
+PROMPT, NEW, REPEATS = 256, 256, 2
 
 
 def synchronize() -> None:
@@ -66,24 +67,29 @@ def floor_seconds(model: Any, batch: int, bandwidth: float) -> float:
     return (sum(weights.values()) + cached) / bandwidth
 
 
-def timed(generate: Callable[[int], Any]) -> dict[str, float]:
-    """Seconds of the first call, and the medians of later ones, for one and for NEW tokens."""
+def median_seconds(run: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        synchronize()
+        begin = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def timed(generate: Callable[[], Any], read_prompts: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of the first call, of later ones, and of their prompts alone."""
     begin = time.perf_counter()
-    generate(NEW)
+    generate()
     synchronize()
     first = time.perf_counter() - begin
-    seconds = {}
-    for new in (1, NEW):
-        times = []
-        generate(new)
-        for _ in range(REPEATS):
-            synchronize()
-            begin = time.perf_counter()
-            generate(new)
-            synchronize()
-            times.append(time.perf_counter() - begin)
-        seconds[new] = statistics.median(times)
-    return {"first": first, "prompt": seconds[1], "total": seconds[NEW]}
+    read_prompts()
+    return {
+        "first": first,
+        "prompt": median_seconds(read_prompts),
+        "total": median_seconds(generate),
+    }
 
 
 def figures(seconds: dict[str, float], batch: int, floor: float) -> dict[str, float]:
@@ -98,28 +104,27 @@ def figures(seconds: dict[str, float], batch: int, floor: float) -> dict[str, fl
     }
 
 
-def plain(model: Any, batch: int, vocabulary: int, **kwargs: Any) -> Callable[[int], Any]:
+@torch.no_grad()
+def plain(model: Any, batch: int, vocabulary: int, **kwargs: Any) -> dict[str, float]:
     ids = prompts(batch, PROMPT, vocabulary).input_ids.to(model.device)
     mask = torch.ones_like(ids)
-
-    @torch.no_grad()
-    def generate(new: int) -> Any:
-        return model.generate(
-            input_ids=ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new,
+    return timed(
+        lambda: model.generate(
+            input_ids=ids, attention_mask=mask, min_new_tokens=NEW, max_new_tokens=NEW,
             do_sample=True, temperature=1.0, top_k=0, pad_token_id=1, **kwargs,
-        )  # fmt: skip
+        ),
+        lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1),
+    )  # fmt: skip
 
-    return generate
 
-
-def ours(engine: HybridEngine, batch: int, vocabulary: int) -> Callable[[int], Any]:
-    batch_of_prompts = prompts(batch, PROMPT, vocabulary).to(engine.device)
+def ours(engine: HybridEngine, batch: int, vocabulary: int) -> dict[str, float]:
+    rows = prompts(batch, PROMPT, vocabulary).to(engine.device)
 
     def generate(new: int) -> Any:
         config = GenerationConfig(max_new_tokens=new, min_new_tokens=new, slots=batch)
-        return engine.generate(batch_of_prompts, config)
+        return engine.generate(rows, config)
 
-    return generate
+    return timed(lambda: generate(NEW), lambda: generate(1))
 
 
 @torch.no_grad()
@@ -148,6 +153,55 @@ def parity(engine: HybridEngine, vocabulary: int) -> dict[str, float]:
     }
 
 
+PARITY: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 1024, "word_embed_proj_dim": 256},
+    "gpt2": {},
+    "gpt_neox": {"intermediate_size": 1024},
+    **{
+        kind: {"intermediate_size": 512, "num_key_value_heads": 2, "head_dim": 64}
+        for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma")
+    },
+}
+"""Small models of eight architectures."""
+
+
+def parity_of(kind: str) -> dict[str, float]:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        kind, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, vocab_size=2048,
+        max_position_embeddings=512, **PARITY[kind],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.06)
+    disable_dropout(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = parity(engine_around(model.to(device, dtype_of(device))), 2048)
+    print(f"{kind}: {found}", flush=True)
+    return found
+
+
+def dtype_of(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def engine_around(model: Any) -> HybridEngine:
+    cuda = model.device.type == "cuda"
+    engine = HybridEngine(
+        model,
+        EngineConfig(zero_stage=1, dtype="bf16" if cuda else "fp32", keep_cache=True),
+        OptimizerConfig(),
+        total_steps=10,
+        eos_token_ids=[2],
+        pad_token_id=1,
+    )
+    engine.eval()
+    return engine
+
+
 def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -156,31 +210,22 @@ def free() -> None:
 
 def measure(name: str, batches: list[int], peers: list[str], bandwidth: float) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = causal_lm(name, device=device, dtype=dtype)
+    model = causal_lm(name, device=device, dtype=dtype_of(device))
     vocabulary = model.config.vocab_size
     rows: dict[str, Any] = {str(b): {} for b in batches}
     for peer in peers:
         kwargs = {"cache_implementation": "static"} if peer == "static" else {}
         for batch in batches:
             floor = floor_seconds(model, batch, bandwidth)
-            seconds = timed(plain(model, batch, vocabulary, **kwargs))
+            seconds = plain(model, batch, vocabulary, **kwargs)
             rows[str(batch)][f"transformers_{peer}"] = figures(seconds, batch, floor)
             report(name, batch, f"transformers {peer}", rows[str(batch)][f"transformers_{peer}"])
         torch.compiler.reset()
         free()
-    engine = HybridEngine(
-        model,
-        EngineConfig(zero_stage=1, dtype="bf16" if device == "cuda" else "fp32"),
-        OptimizerConfig(),
-        total_steps=10,
-        eos_token_ids=[2],
-        pad_token_id=1,
-    )
-    engine.eval()
+    engine = engine_around(model)
     for batch in batches:
         floor = floor_seconds(engine.module, batch, bandwidth)
-        seconds = timed(ours(engine, batch, vocabulary))
+        seconds = ours(engine, batch, vocabulary)
         rows[str(batch)]["ours"] = figures(seconds, batch, floor)
         rows[str(batch)]["ours"]["captured"] = engine.decoder.capture_seconds
         report(name, batch, "ours", rows[str(batch)]["ours"])
@@ -204,6 +249,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["opt-1.3b", "qwen2.5-1.5b", "llama-3.2-1b"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 256])
     parser.add_argument("--peers", nargs="*", default=["static"], choices=["static", "dynamic"])
+    parser.add_argument("--parity", action="store_true", help="also small models of 8 kinds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.json"))
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
@@ -214,6 +260,9 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1) + "\n")
         free()
+    if args.parity:
+        results["parity"] = {kind: parity_of(kind) for kind in PARITY}
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
