@@ -199,20 +199,22 @@ def peer(case: Case) -> dict[str, Any]:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         return F.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
 
+    def generate(part: Tensor) -> Tensor:
+        return actor.generate(
+            input_ids=part, attention_mask=torch.ones_like(part), max_new_tokens=NEW,
+            do_sample=True, top_k=0, pad_token_id=PAD, eos_token_id=EOS,
+            cache_implementation="static",
+        )  # fmt: skip
+
     rows = []
-    for batch in batches(case, SHAPES[case.actor][1]["vocab_size"]):
+    made = batches(case, SHAPES[case.actor][1]["vocab_size"])
+    generate(made[0].input_ids[:256].to(DEVICE))  # compiles
+    for batch in made[: 1 if case.ragged else None]:
         reset_peak()
         begin = now()
         ids = batch.input_ids.to(DEVICE)
         with torch.no_grad():
-            parts = [
-                actor.generate(
-                    input_ids=part, attention_mask=torch.ones_like(part), max_new_tokens=NEW,
-                    do_sample=True, top_k=0, pad_token_id=PAD, eos_token_id=EOS,
-                    cache_implementation="static",
-                )
-                for part in ids.split(256)
-            ]  # fmt: skip
+            parts = [generate(part) for part in ids.split(256)]
             padded = [F.pad(p, (0, PROMPT + NEW - p.shape[1]), value=PAD) for p in parts]
             sequences = torch.cat(padded)
         mask = (sequences != PAD).long()
@@ -262,8 +264,8 @@ def peer(case: Case) -> dict[str, Any]:
 
 
 def summary(who: str, case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of all iterations but the first, which compiles."""
-    found = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
+    """Medians of all iterations but the first, which compiles, where there are more."""
+    found = {key: statistics.median(row[key] for row in rows[1:] or rows) for key in rows[0]}
     found["pairs_per_second"] = case.batch / found["seconds"]
     found["rollout_pairs_per_second"] = case.batch / found["generate"]
     found["first_seconds"] = rows[0]["seconds"]
