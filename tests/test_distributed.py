@@ -19,6 +19,7 @@ from conftest import copied, prompt_rows
 
 from rlhf_kit import distributed
 from rlhf_kit.config import DataConfig, RunConfig, preset
+from rlhf_kit.hybrid_engine.partitions import gathered
 from rlhf_kit.ppo import PPOTrainer
 from rlhf_kit.rlhf_engine import RLHFEngine
 from rlhf_kit.rollout import PromptLoader
@@ -104,8 +105,6 @@ def settings(actor: str, reward: str, case: str) -> RunConfig:
 
 def ppo(actor: str, reward: str, case: str) -> dict[str, Any]:
     """Two iterations; the metrics, and the weights of actor and critic."""
-    from rlhf_kit.checkpoint import _gathered
-
     args = settings(actor, reward, case)
     tokenizer = load_tokenizer(actor)
     engine = RLHFEngine(
@@ -121,7 +120,7 @@ def ppo(actor: str, reward: str, case: str) -> dict[str, Any]:
     metrics = [trainer.step(trainer.generate_experience(prompts)) for prompts in loader]
     models = []
     for module in (engine.actor.module, engine.critic.module):
-        with _gathered(module):
+        with gathered(module.parameters()):
             models.append(copied(module))
     tokens = {name: phase["tokens"] for name, phase in trainer.phases.to_dict().items()}
     return {"metrics": metrics, "models": models, "tokens": tokens}

@@ -19,7 +19,7 @@ import torch
 from conftest import copied, prompt_rows
 
 from rlhf_kit import distributed, fingerprint, preflight
-from rlhf_kit.checkpoint import _gathered, export
+from rlhf_kit.checkpoint import export
 from rlhf_kit.config import (
     DataConfig,
     EngineConfig,
@@ -29,6 +29,7 @@ from rlhf_kit.config import (
     SFTConfig,
     preset,
 )
+from rlhf_kit.hybrid_engine.partitions import gathered
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.models import ValueModel, load_causal_lm, load_scorer
 from rlhf_kit.ppo import PPOTrainer
@@ -64,7 +65,7 @@ def sft(directory: str, stage: int) -> dict[str, Any]:
     trainer = SFTTrainer(engine, SFTConfig(micro_batch_size=2), pad_token_id=tokenizer.pad_token_id)
     metrics = [trainer.step(rows[start:end]) for start, end in ((0, 8), (8, 15), (15, 16))]
     metrics.append({"loss/eval": trainer.evaluate(rows[16:21])})
-    with _gathered(engine.module):
+    with gathered(engine.module.parameters()):
         return {"metrics": metrics, "weights": copied(engine.module)}
 
 
@@ -132,11 +133,11 @@ def ppo(directory: str, scorer: str, stage: int) -> dict[str, Any]:
     metrics = [trainer.step(trainer.generate_experience(prompts)) for prompts in loader]
     weights = {}
     assert engine.ema is not None
-    with _gathered(engine.actor.module):
+    with gathered(engine.actor.module.parameters()):
         weights |= {f"actor.{k}": v for k, v in copied(engine.actor.module).items()}
-    with _gathered(engine.critic.module):
+    with gathered(engine.critic.module.parameters()):
         weights |= {f"critic.{k}": v for k, v in copied(engine.critic.module).items()}
-    with engine.ema.swapped_in(), _gathered(engine.actor.module):
+    with engine.ema.swapped_in(), gathered(engine.actor.module.parameters()):
         weights |= {f"ema.{k}": v for k, v in copied(engine.actor.module).items()}
     return {"metrics": metrics, "weights": weights}
 
