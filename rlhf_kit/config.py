@@ -97,8 +97,14 @@ class EngineConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters instead of all weights."""
+    generation_tp: int = 1
+    """Ranks of a host that generate together, each with a part of every weight (tensor
+    parallelism); 1 generates alone. With ZeRO-3 no rank then ever holds the whole actor."""
+    keep_generation_weights: bool = False
+    """Keep these parts while training, so that CUDA graphs over them last; else they are freed."""
 
     def __post_init__(self) -> None:
+        require(self.generation_tp >= 1, "generation_tp must be at least 1")
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage must be 0, 1, 2 or 3")
         require(self.dtype in ("fp32", "bf16"), "dtype must be fp32 or bf16")
         require(
@@ -555,6 +561,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.actor_model), "actor_model must name a model")
+        require(
+            self.critic_engine.generation_tp == 1,
+            "critic_engine.generation_tp must be 1: only the actor generates; set "
+            "actor_engine.generation_tp",
+        )
         require(
             self.data.max_prompt_length + self.generation.max_new_tokens <= self.data.max_length,
             "data.max_prompt_length + generation.max_new_tokens must not exceed data.max_length",

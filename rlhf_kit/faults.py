@@ -230,7 +230,7 @@ class Faults:
 
         All ranks repeat together: inside an attempt they may meet in `backward` alone. `lower`
         names the setting that `size` came from. `whole` False says that ranks meet inside the
-        attempt in ways that can't be left half way (ZeRO-3): then it stops.
+        attempt in ways that can't be left half way (ZeRO-3, generation in groups): then it stops.
         """
         while True:
             result, short, told = None, False, False
@@ -241,7 +241,7 @@ class Faults:
             except _OutOfMemoryElsewhere:
                 told = True
             if short and not whole and distributed.world_size() > 1:
-                self._out_of_memory(doing, lower, size, "under ZeRO-3 ranks can't repeat a pass")
+                self._out_of_memory(doing, lower, size, "ranks can't repeat a pass they share")
             if not told and self._agreed(not short):
                 assert result is not None
                 return result, size

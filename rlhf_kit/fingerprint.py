@@ -17,7 +17,7 @@ from rlhf_kit.config import RunConfig
 BELOW = 2**32
 NOT_WHAT_BUT_HOW = frozenset(
     "checkpoint zero_stage offload_optimizer offload_parameters gradient_checkpointing "
-    "micro_batch_size slots cache".split()
+    "micro_batch_size slots cache generation_tp keep_generation_weights".split()
 )
 """Settings that share out, keep or repeat the work, and change no result but its rounding."""
 
