@@ -6,8 +6,7 @@ Files are written to a temporary directory beside the target, which is one renam
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +15,13 @@ from torch import nn
 
 from rlhf_kit import distributed, integrity
 from rlhf_kit.config import require
+from rlhf_kit.hybrid_engine.partitions import gathered
 from rlhf_kit.models import has_adapters, merged_state_dict, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKER = "export.json"
-
-
-@contextlib.contextmanager
-def _gathered(module: nn.Module) -> Iterator[None]:
-    """Whole parameters on every rank, where ZeRO-3 has cut them into shards."""
-    if not any(hasattr(p, "ds_id") for p in module.parameters()):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        yield
 
 
 def is_complete(directory: str | Path) -> bool:
@@ -72,7 +60,7 @@ def export(
     `details` go into export.json.
     """
     target = Path(directory)
-    with _gathered(model):
+    with gathered(model.parameters()):
         state = merged_state_dict(model) if has_adapters(model) else model.state_dict()
         if distributed.is_main_rank():
             # contiguous clones: parameters of a ZeRO buffer are views of one large storage

@@ -103,9 +103,14 @@ class EngineConfig:
     cuda_graphs: bool = True
     """On a GPU, compile the actor's layers for generation and replay each step as a CUDA graph."""
     keep_cache: bool = False
-    """Keep the KV cache and the captured steps while training: saves a second an iteration."""
+    """Keep what generation holds (KV cache, captured steps, parts of weights) while training: saves
+    making it again in every iteration, and takes the memory."""
+    generation_tp: int = 1
+    """Ranks of a host that generate together, each with a part of every weight (tensor
+    parallelism); 1 generates alone. With ZeRO-3 no rank then ever holds the whole actor."""
 
     def __post_init__(self) -> None:
+        require(self.generation_tp >= 1, "generation_tp must be at least 1")
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage must be 0, 1, 2 or 3")
         require(self.dtype in ("fp32", "bf16"), "dtype must be fp32 or bf16")
         require(
@@ -579,6 +584,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.actor_model), "actor_model must name a model")
+        require(
+            self.critic_engine.generation_tp == 1,
+            "critic_engine.generation_tp must be 1: only the actor generates; set "
+            "actor_engine.generation_tp",
+        )
         require(
             self.data.max_prompt_length + self.generation.max_new_tokens <= self.data.max_length,
             "data.max_prompt_length + generation.max_new_tokens must not exceed data.max_length",

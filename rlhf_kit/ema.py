@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rlhf_kit import distributed
 from rlhf_kit.config import EMAConfig, require
 from rlhf_kit.functional import ema_decay
-from rlhf_kit.hybrid_engine.partitions import shard
+from rlhf_kit.hybrid_engine.partitions import put_away, shard
+from rlhf_kit.hybrid_engine.weights_version import weights_changed
 from rlhf_kit.training_state import Fragment, State
 
 
@@ -33,6 +34,7 @@ class EMA:
         self.config = config
         self.updates = 0
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._module = module
         self._names = [name for name, _ in trained]
         self._parameters = [p for _, p in trained]
         self._averages = [_local(p).detach().float().clone() for p in self._parameters]
@@ -64,16 +66,20 @@ class EMA:
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Inside, the module's weights are the average (rounded to its dtype); restored exactly."""
-        with torch.no_grad():
-            kept = [_local(p).clone() for p in self._parameters]
-            for parameter, average in zip(self._parameters, self._averages, strict=True):
-                _local(parameter).copy_(average)
+        kept = [_local(p).detach().clone() for p in self._parameters]
+        self._write(self._averages)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, tensor in zip(self._parameters, kept, strict=True):
-                    _local(parameter).copy_(tensor)
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, weights: list[Tensor]) -> None:
+        """Make `weights` the module's; what ZeRO-3 holds whole would hide them."""
+        put_away(self._parameters)
+        for parameter, tensor in zip(self._parameters, weights, strict=True):
+            _local(parameter).copy_(tensor)
+        weights_changed(self._module)
 
     def state(self) -> State:
         """The averages in fp32 and the update count; all ranks must call it."""

@@ -232,7 +232,7 @@ class Faults:
 
         All ranks repeat together: inside an attempt they may meet in `backward` alone. `lower`
         names the setting that `size` came from. `whole` False says that ranks meet inside the
-        attempt in ways that can't be left half way (ZeRO-3): then it stops. So it does from
+        attempt in ways that can't be left half way (ZeRO-3, generation in groups): then it stops. So it does from
         `smallest` downwards; `size` counts rows, or what `unit` says.
         """
         while True:
@@ -244,7 +244,7 @@ class Faults:
             except _OutOfMemoryElsewhere:
                 told = True
             if short and not whole and distributed.world_size() > 1:
-                why = "under ZeRO-3 ranks can't repeat a pass"
+                why = "ranks can't repeat a pass they share"
                 self._out_of_memory(doing, lower, size, why, unit=unit)
             if not told and self._agreed(not short):
                 assert result is not None

@@ -159,7 +159,11 @@ class PPOTrainer:
                 return error
 
         found, slots = self.faults.within_memory(
-            "generating", self.generation.slots, attempt, lower="generation.slots"
+            "generating",
+            self.generation.slots,
+            attempt,
+            lower="generation.slots",
+            whole=self.engine.actor.config.generation_tp == 1,
         )
         self.generation = dataclasses.replace(self.generation, slots=slots)
         if not distributed.all_any(isinstance(found, NotFinite), self.engine.device):

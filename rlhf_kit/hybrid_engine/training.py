@@ -24,10 +24,16 @@ from rlhf_kit.hybrid_engine.partitions import (
     optimizer_parts,
     publish_masters,
 )
+from rlhf_kit.hybrid_engine.weights_version import weights_changed
 from rlhf_kit.training_state import Fragment, State
 
 TIMEOUT_VARIABLE = "RLHF_KIT_RANK_TIMEOUT"
 """Minutes that a rank waits for another one in a collective before it ends, 30 unless set."""
+
+
+def rank_timeout() -> timedelta:
+    """How long a rank waits for another one in a collective."""
+    return timedelta(minutes=float(os.environ.get(TIMEOUT_VARIABLE, 30)))
 
 
 def start_deepspeed() -> None:
@@ -58,7 +64,7 @@ def start_deepspeed() -> None:
             torch.cuda.set_device(distributed.local_device())
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-            timeout=timedelta(minutes=float(os.environ.get(TIMEOUT_VARIABLE, 30))),
+            timeout=rank_timeout(),
             verbose=False,
         )
         end_in_one_sentence()
@@ -208,6 +214,7 @@ class TrainingEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.deepspeed.step()
+        weights_changed(self.module)
         norm = float(self._grad_norm if self._plain else self.deepspeed.get_global_grad_norm())
         applied = math.isfinite(norm)
         self.steps_done += applied
@@ -254,6 +261,7 @@ class TrainingEngine:
                     tensor.copy_(state[key][part.name].read(part.start, part.length))
             adam_state(self._adamw, part.master)["step"].fill_(state["adam_steps"])
         publish_masters(self.optimizer)
+        weights_changed(self.module)
         self.steps_done = state["steps_done"]
 
     @property
