@@ -94,6 +94,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """transformers' name of the architecture, its sizes, and what the preset is changed in."""
+PROMPT = "Say this, number {}: {}"
 STAGES = {"02_sft": "sft", "03_reward_model": "reward", "04_ppo": "ppo"}
 BEFORE = """
 # %%
@@ -126,18 +127,25 @@ def words(count: int, rng: Random) -> list[str]:
     return [rng.choice(entities.NOUNS) for _ in range(count)]
 
 
+def long_text(longest: int, tokenizer: Any, rng: Random) -> str:
+    """Words that make a prompt of `longest` tokens, or one less, behind its number."""
+    said, over = words(longest, rng), 1
+    while over > 0:  # a word has a few tokens at most
+        dialogue = [{"role": "user", "content": PROMPT.format(10_000, " ".join(said))}]
+        over = len(encode_prompt(tokenizer, dialogue)) - longest
+        if over > 0:
+            del said[-max(over // 2, 1) :]
+    return " ".join(said)
+
+
 def write_pairs(path: Path, rows: int, longest: int, tokenizer: Any) -> None:
-    """Pairs with prompts of `longest` tokens, or hardly less, and longer responses than fit."""
+    """Pairs with prompts of nearly `longest` tokens and with longer responses than fit."""
     rng = Random(0)
+    texts = [long_text(longest, tokenizer, rng) for _ in range(32)]
     with open(path, "w", encoding="utf-8") as file:
         for number in range(rows):
-            said, over = words(longest, rng), 1
-            while over > 0:  # a word has a few tokens at most
-                prompt = f"Say this, number {number}: {' '.join(said)}"
-                dialogue = [{"role": "user", "content": prompt}]
-                over = len(encode_prompt(tokenizer, dialogue)) - longest
-                said = said[: len(said) - max(over // 2, 1)]
             sides = {name: " ".join(words(2 * longest, rng)) for name in ("chosen", "rejected")}
+            prompt = PROMPT.format(number, texts[number % len(texts)])
             file.write(json.dumps({"prompt": prompt, **sides}) + "\n")
 
 
