@@ -11,8 +11,9 @@ is learnt is nothing. Rows and responses are as long as the preset allows (rando
 ever end a response), so both figures are the highest there can be.
 
 The tokenizer is GPT-2's from RLHF_KIT_SHARED_DATA where that is set, else a small one trained on
-the generated text; embedding and head have the size of the model's name either way. OPT-1.3B
-trains adapters of rank 16: all its weights with AdamW's states would take 21 GB alone.
+such text; embedding and head have the size of the model's name either way. OPT-1.3B trains
+adapters of rank 16: all its weights with AdamW's states would take 21 GB alone. A stage that
+fails, for want of memory say, is noted, and the next one starts from what there is.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ BEHIND = """
 
 # %%
 # Added by benchmarks/consumer.py
+import json
 import resource
 
 peak = {{"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}}
@@ -116,7 +118,7 @@ if torch.cuda.is_available():
     peak["allocated"] = torch.cuda.max_memory_allocated() / 2**30
     peak["reserved"] = torch.cuda.max_memory_reserved() / 2**30
 with open({path!r}, "w") as file:
-    __import__("json").dump(peak, file)
+    json.dump(peak, file)
 """
 
 
@@ -216,14 +218,14 @@ def seconds_a_step(run: Path, stage: str) -> list[float]:
 
 
 def measure(run: Path, name: str, stage: str, fraction: float) -> dict[str, Any]:
-    """One stage, run by the launcher; ends this program where it fails."""
+    """One stage, run by the launcher; where it fails, the last that it said."""
     script, peak = run / f"{name}.py", run / f"{name}.peak.json"
     with_cells(pipeline.NOTEBOOKS / f"{name}.py", script, fraction, peak)
     start = time.monotonic()
     log = run / "logs" / f"{name}.log"
     code = run_notebook(script, {"run_dir": str(run), "resume": False}, log=log)
-    if code:
-        sys.exit(f"{name} ended with exit code {code}: see {log}")
+    if code or not peak.is_file():
+        return {"exit_code": code, "said": log.read_text(encoding="utf-8").splitlines()[-5:]}
     steps = seconds_a_step(run, stage)
     # The first one warms up; PPO's is the critic's alone.
     steady = median(steps[1:] if len(steps) > 1 else steps)
@@ -298,15 +300,19 @@ def main() -> int:
         found = benchmark(args, Path(folder))
     output.parent.mkdir(parents=True, exist_ok=True)
     pipeline.write_json(output, found)
+    failed = False
     for stage, figures in found["stages"].items():
-        peak = figures["peak_gib"]
-        memory = (
-            f"{peak['allocated']:.1f} GiB" if "allocated" in peak else f"{peak['host']:.1f} GiB"
-        )
-        minutes = figures["minutes_of_100_steps"]
-        print(f"{args.shape} {stage}: {minutes:.1f} minutes for 100 steps, peak {memory}")
+        if "exit_code" in figures:
+            failed = True
+            print(f"{args.shape} {stage}: exit code {figures['exit_code']}", *figures["said"])
+            continue
+        peak, minutes = figures["peak_gib"], figures["minutes_of_100_steps"]
+        memory = ", ".join(f"{name} {size:.1f} GiB" for name, size in peak.items())
+        print(f"{args.shape} {stage}: {minutes:.1f} minutes for 100 steps; peak: {memory}")
+    for fault in found["faults"]:
+        print(fault["sentence"])
     print(f"written to {output}")
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

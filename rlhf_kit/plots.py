@@ -185,9 +185,13 @@ def plot_overoptimisation(
 
 
 def plot_histogram(
-    groups: Mapping[str, Sequence[float]], path: PathLike = None, *, label: str = "score"
+    groups: Mapping[str, Sequence[float]],
+    path: PathLike = None,
+    *,
+    label: str = "score",
+    of: str = "responses",
 ) -> Figure:
-    """The distribution of `label` in each group, over common bins, as shares of the group."""
+    """The distribution of `label` in each group, over common bins, as shares `of` the group."""
     values = {name: np.asarray(group, dtype=float) for name, group in groups.items()}
     values = {name: group[np.isfinite(group)] for name, group in values.items()}
     require(any(map(len, values.values())), f"a histogram of {label} needs at least one value")
@@ -201,7 +205,7 @@ def plot_histogram(
                 share = np.histogram(group, edges)[0] / len(group)
                 ax.stairs(share, edges, color=color, linestyle=line, linewidth=1.8, label=name)
                 ax.stairs(share, edges, color=color, alpha=0.08, fill=True)
-        ax.set(xlabel=label, ylabel="share of responses")
+        ax.set(xlabel=label, ylabel=f"share of {of}")
         if len(values) > 1:
             _legend(ax)
         ax.set_ylim(bottom=0)

@@ -135,7 +135,8 @@ assert abs(share - 0.64) < 0.05
 # another hash still. Real near-duplicates need n-grams or MinHash, a look at
 # all rows, and a place of a row then depends on the other rows. The kit keeps
 # the exact hash, which needs nothing but the row, and *reports* what is
-# alike: `rlhf-kit data split` counts normalised twins and shared 8-grams.
+# alike: `rlhf-kit data check FILES --output manifest.json` counts normalised
+# twins and shared 8-grams.
 
 
 # %%
