@@ -184,6 +184,32 @@ def plot_overoptimisation(
     return figure
 
 
+def plot_bands(
+    panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]],
+    path: PathLike = None,
+    *,
+    xlabel: str = "iteration",
+    ylabel: str = "gold score",
+) -> Figure:
+    """Means and their intervals side by side: one panel a title, one line and its band a name.
+
+    panels: title -> name -> points, mappings with `x`, `mean`, `low` and `high`.
+    """
+    require(bool(panels), "bands need at least one panel")
+    with _figure(4.6 * len(panels), 3.4, path, 1, len(panels)) as (figure, axes):
+        for ax, (title, lines) in zip(axes.flat, panels.items(), strict=True):
+            looks = zip(lines.items(), _cycle(COLOURS), _cycle(LINES), strict=False)
+            for (name, points), color, line in looks:
+                x, mean, low, high = (
+                    [point[key] for point in points] for key in ("x", "mean", "low", "high")
+                )
+                ax.plot(x, mean, linestyle=line, color=color, label=name)
+                ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            _legend(ax)
+    return figure
+
+
 def plot_histogram(
     groups: Mapping[str, Sequence[float]],
     path: PathLike = None,
