@@ -32,8 +32,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from shapes import causal_lm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_kit import pipeline
 from rlhf_kit.launch import run_notebook
@@ -43,58 +44,21 @@ from rlhf_kit.toy_world import entities
 
 RESULTS = Path(__file__).parent / "results"
 LORA = {"actor_engine__lora__rank": 16, "critic_engine__lora__rank": 16}
-SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "qwen2.5-0.5b": (
-        "qwen2",
-        {
-            "vocab_size": 151_936,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 32_768,
-            "tie_word_embeddings": True,
-        },
-        {},
-    ),
-    "opt-1.3b": (
-        "opt",
-        {
-            "vocab_size": 50_272,
-            "hidden_size": 2048,
-            "ffn_dim": 8192,
-            "word_embed_proj_dim": 2048,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 32,
-            "max_position_embeddings": 2048,
-        },
-        LORA,
-    ),
-    "tiny": (
-        "qwen2",
-        {
-            "vocab_size": 3000,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "tie_word_embeddings": True,
-        },
-        {
-            "data__max_prompt_length": 48,
-            "data__max_length": 80,
-            "generation__max_new_tokens": 16,
-            "sft__batch_size": 16,
-            "reward__batch_size": 16,
-            "ppo__batch_size": 16,
-            "ppo__minibatch_size": 8,
-            **LORA,
-        },
-    ),
+CHANGES: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": {},
+    "opt-1.3b": LORA,
+    "tiny": {
+        "data__max_prompt_length": 48,
+        "data__max_length": 80,
+        "generation__max_new_tokens": 16,
+        "sft__batch_size": 16,
+        "reward__batch_size": 16,
+        "ppo__batch_size": 16,
+        "ppo__minibatch_size": 8,
+        **LORA,
+    },
 }
-"""transformers' name of the architecture, its sizes, and what the preset is changed in."""
+"""What the preset is changed in for each shape of `shapes.py`; `tiny` tries this script out."""
 PROMPT = "Say this, number {}: {}"
 STAGES = {"02_sft": "sft", "03_reward_model": "reward", "04_ppo": "ppo"}
 BEFORE = """
@@ -165,7 +129,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     if not shared:
         trainer = trainers.BpeTrainer(
-            vocab_size=2000,
+            vocab_size=400,
             special_tokens=["<|endoftext|>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -176,18 +140,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def write_model(directory: Path, kind: str, sizes: dict[str, Any], tokenizer: Any) -> int:
+def write_model(directory: Path, shape: str, tokenizer: Any) -> int:
     """Random weights of a shape, in bf16, as a directory; the number of parameters."""
-    config = AutoConfig.for_model(
-        kind,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        **sizes,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = causal_lm(shape, device=device, dtype=torch.bfloat16)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -244,14 +203,14 @@ def measure(run: Path, name: str, stage: str, fraction: float) -> dict[str, Any]
 
 
 def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    kind, sizes, changes = SHAPES[args.shape]
+    changes = CHANGES[args.shape]
     run, model, pairs = folder / "run", folder / args.shape, folder / "pairs.jsonl"
     longest = changes.get("data__max_prompt_length", 256)
     batch = changes.get("ppo__batch_size", 128)
     needed = max(args.steps * changes.get("sft__batch_size", 64), batch)
     tokenizer = make_tokenizer()
     write_pairs(pairs, 7 * needed, longest, tokenizer)  # two in ten rows are SFT's
-    parameters = write_model(model, kind, sizes, tokenizer)
+    parameters = write_model(model, args.shape, tokenizer)
     pipeline.open_run(
         run,
         preset_name="consumer",
@@ -288,7 +247,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    parser.add_argument("--shape", choices=CHANGES, default="qwen2.5-0.5b")
     parser.add_argument("--steps", type=int, default=3, help="optimiser steps, PPO iterations")
     parser.add_argument("--gpu-memory", type=float, default=24.0, help="GB (1e9 bytes) allowed")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: results/")

@@ -225,7 +225,7 @@ class PPORun:
             "policy": lambda: trainer._policy(module, rows, 1.0)
         }
         if (mixture := trainer.mixture) is not None:
-            texts = mixture._batches()[0]
+            texts = mixture._texts(self.args.ppo.micro_batch_size)[0]
             forwards["mixture"] = lambda: mixture._loss(module, texts, 1.0)
         found = {
             "weights": sum(weights.values()),
