@@ -215,27 +215,52 @@ def cost(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     }
 
 
-def print_result(found: Mapping[str, Any]) -> None:
-    def cell(value: Mapping[str, Any]) -> str:
-        return f"{value['mean']:+7.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+# ---- the tables of docs/mixture-and-ema.md
 
-    def block(title: str, values: Mapping[str, Any]) -> None:
-        print(f"\n{title}")
-        for key, value in values.items():
-            print(f"  {key:30} {cell(value)}")
+SHOWN = tuple(key for key in MEASURES if key not in ("correct sampled", "distinct"))
 
-    block("SFT", found["before"])
-    for name, models in found["ends"].items():
-        block(f"{name}: the live actor", models["live"])
-    for name, values in found["mixture"].items():
-        block(f"{name}: less that without", values)
-    for name, models in found["average"].items():
-        for model, values in models.items():
-            block(f"{name}: {model}, less the live actor", values)
-    for name, values in found["cost"].items():
-        if name != "bytes":
-            block(name, values)
-    print("\nbytes", found["cost"]["bytes"])
+
+def table(first: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    lines = [[first, *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *cells] for name, cells in rows.items()]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def change(value: Mapping[str, Any]) -> str:
+    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+
+
+def tables(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Markdown: what runs end as, what a mixture and an average are worth, what they cost."""
+    ends = {"SFT": found["before"]} | {n: models["live"] for n, models in found["ends"].items()}
+    average = {
+        f"{name}, {model}": values
+        for name, models in found["average"].items()
+        for model, values in models.items()
+    }
+    cost = found["cost"]
+    shares = dict(cost["mixture, share of an iteration"])
+    shares |= {f"{n}, an average": v for n, v in cost["average, share of an iteration"].items()}
+    return {
+        "ends": table(
+            "run", SHOWN, {n: [f"{v[k]['mean']:.3f}" for k in SHOWN] for n, v in ends.items()}
+        ),
+        "mixture": table(
+            "less the run without",
+            SHOWN,
+            {n: [change(v[k]) for k in SHOWN] for n, v in found["mixture"].items()},
+        ),
+        "average": table(
+            "less the live actor",
+            (short := (*SHOWN[:3], "KL")),
+            {name: [change(values[k]) for k in short] for name, values in average.items()},
+        ),
+        "cost": table(
+            "",
+            ["processor time, share of an iteration"],
+            {name: [change(value)] for name, value in shares.items()},
+        ),
+    }
 
 
 def main() -> int:
@@ -278,7 +303,8 @@ def main() -> int:
         "cost": cost(runs),
     }
     pipeline.write_json(args.output, found)
-    print_result(found)
+    for lines in tables(found).values():
+        print(*lines, "", sep="\n")
     print(f"written to {args.output}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -89,3 +90,11 @@ def test_costs_are_shares_of_an_iteration_without_the_mixture():
     # Twenty updates in ten iterations of two seconds, a hundredth of a second each.
     assert found["average, share of an iteration"]["free-none"]["mean"] == pytest.approx(0.01)
     assert found["mixture weight"]["penalty-coef"]["mean"] == pytest.approx(0.3)
+
+
+def test_the_document_has_the_tables_of_the_committed_result():
+    root = Path(benchmark.__file__).resolve().parents[1]
+    found = json.loads(benchmark.RESULT.read_text(encoding="utf-8"))
+    document = (root / "docs" / "mixture-and-ema.md").read_text(encoding="utf-8")
+    for lines in benchmark.tables(found).values():
+        assert "\n".join(lines) in document
