@@ -818,6 +818,8 @@ if distributed.is_main_rank():
 # %% [markdown]
 # ## Exercises
 #
+# [Solutions](solutions/04_ppo.ipynb).
+#
 # 1. Set `kl_coef` to 0 and train again into another `run_dir`. Compare the
 #    curves, then the samples in `ppo/samples.jsonl`. *Hint: which column of
 #    step 2 is gone?*
