@@ -1,10 +1,13 @@
 """A whole PPO step: plain PyTorch with transformers' `generate`, and ours, side by side.
 
-    python benchmarks/ppo_step.py CASE [CASE ...] [--peer] [--output FILE]
+    python benchmarks/ppo_step.py CASE [CASE ...] [--who peer ours] [--output FILE]
 
 Random weights, bf16, prompts of 256 tokens, up to 256 new ones at temperature 1, one update a
-batch, no average of the weights. `--peer` also runs the same step as it is usually written: four
+batch, no average of the weights. The peer is the same step as it is usually written: four
 models, static cache, all logits at once, padding computed; what its users would wait for.
+
+On several GPUs each rank takes a case's batch: `torchrun --nproc-per-node 2 benchmarks/ppo_step.py
+opt-1.3b-zero2`.
 
 A case with `cap` limits the memory that PyTorch may take, as on a smaller card. `ragged` cases
 draw responses that end by an EOS, about 96 tokens long on average.
@@ -27,7 +30,7 @@ import torch.nn.functional as F
 from shapes import SHAPES, causal_lm, environment, prompts, scorer, word_tokenizer
 from torch import Tensor, nn
 
-from rlhf_kit import rlhf_engine
+from rlhf_kit import distributed, rlhf_engine
 from rlhf_kit.config import (
     EMAConfig,
     EngineConfig,
@@ -39,6 +42,7 @@ from rlhf_kit.config import (
     override,
     preset,
 )
+from rlhf_kit.hybrid_engine.training import start_deepspeed
 from rlhf_kit.ppo import PPOTrainer
 from rlhf_kit.types import PromptBatch
 
@@ -50,7 +54,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 @dataclass(frozen=True)
 class Case:
-    """One step to measure."""
+    """One step to measure; sizes are those of one rank."""
 
     actor: str = "opt-1.3b"
     critic: str = "opt-350m"
@@ -80,6 +84,21 @@ CASES: dict[str, Case] = {
     "opt-1.3b-ragged": Case(
         batch=1024, slots=320, ragged=True, changes=(("ppo.micro_batch_tokens", 16384),)
     ),
+    "opt-1.3b-zero2": Case(changes=(("actor_engine.zero_stage", 2),)),
+    "opt-1.3b-zero3-tp2": Case(
+        changes=(("actor_engine.zero_stage", 3), ("actor_engine.generation_tp", 2))
+    ),
+    "opt-13b-zero3-tp2": Case(
+        "opt-13b",
+        batch=32,
+        micro_batch=4,
+        slots=32,
+        changes=(
+            *LEAN,
+            ("actor_engine.zero_stage", 3),
+            ("actor_engine.generation_tp", 2),
+        ),
+    ),
     "opt-6.7b-24gb": Case("opt-6.7b", batch=32, micro_batch=4, slots=16, cap=24, changes=LEAN),
     "opt-6.7b-48gb": Case("opt-6.7b", batch=64, micro_batch=8, slots=64, cap=48, changes=LEAN),
     "opt-13b-48gb": Case("opt-13b", batch=32, micro_batch=4, slots=32, cap=48, changes=LEAN),
@@ -89,6 +108,7 @@ CASES: dict[str, Case] = {
 
 
 def run_config(case: Case) -> RunConfig:
+    ranks = distributed.world_size()
     engine = EngineConfig(zero_stage=1, dtype="bf16" if DEVICE == "cuda" else "fp32")
     config = dataclasses.replace(
         preset("consumer"),
@@ -97,8 +117,8 @@ def run_config(case: Case) -> RunConfig:
         generation=GenerationConfig(max_new_tokens=NEW, slots=case.slots),
         ppo=PPOConfig(
             iterations=case.iterations,
-            batch_size=case.batch,
-            minibatch_size=case.batch,
+            batch_size=case.batch * ranks,
+            minibatch_size=case.batch * ranks,
             micro_batch_size=case.micro_batch,
             old_logprobs="rollout",
             mixture=MixtureConfig(kind="none"),
@@ -109,7 +129,9 @@ def run_config(case: Case) -> RunConfig:
 
 
 def batches(case: Case, vocabulary: int) -> list[PromptBatch]:
-    return [prompts(case.batch, PROMPT, vocabulary, seed=i + 1) for i in range(case.iterations)]
+    ranks, rank = distributed.world_size(), distributed.rank()
+    numbers = [i * ranks + rank + 1 for i in range(case.iterations)]
+    return [prompts(case.batch, PROMPT, vocabulary, seed=number) for number in numbers]
 
 
 @torch.no_grad()
@@ -266,16 +288,17 @@ def peer(case: Case) -> dict[str, Any]:
 def summary(who: str, case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of all iterations but the first, which compiles, where there are more."""
     found = {key: statistics.median(row[key] for row in rows[1:] or rows) for key in rows[0]}
-    found["pairs_per_second"] = case.batch / found["seconds"]
-    found["rollout_pairs_per_second"] = case.batch / found["generate"]
+    found["ranks"] = distributed.world_size()
+    pairs = case.batch * found["ranks"]
+    found["pairs_per_second"] = pairs / found["seconds"]
+    found["rollout_pairs_per_second"] = pairs / found["generate"]
     found["first_seconds"] = rows[0]["seconds"]
     found["peak_bytes"] = max(row["peak_bytes"] for row in rows)
-    print(
+    distributed.print_main(
         f"{who}: {found['pairs_per_second']:.1f} pairs/s, {found['seconds']:.2f} s (generate "
         f"{found['generate']:.2f}, score {found['score']:.2f}, train {found['train']:.2f}), first "
-        f"{found['first_seconds']:.1f} s, {found['rollout_tokens'] / case.batch:.0f} tokens a "
-        f"response, peak {found['peak_bytes'] / 1e9:.1f} GB",
-        flush=True,
+        f"{found['first_seconds']:.1f} s, {found['rollout_tokens'] / pairs:.0f} tokens a "
+        f"response, peak {found['peak_bytes'] / 1e9:.1f} GB"
     )
     return found
 
@@ -298,29 +321,31 @@ def peak() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="+", choices=CASES)
-    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--who", nargs="+", choices=["peer", "ours"], default=["ours"])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/ppo_step.json"))
     args = parser.parse_args()
+    start_deepspeed()
     results = json.loads(args.output.read_text()) if args.output.is_file() else {}
     for name in args.cases:
         case = CASES[name]
-        print(f"{name}: {case}", flush=True)
+        distributed.print_main(f"{name}: {case}")
         if case.cap:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap * 1e9 / total))
         found: dict[str, Any] = {**environment(), **dataclasses.asdict(case)}
-        for who, measure in (("peer", peer), ("ours", ours)):
-            if who == "ours" or args.peer:
-                try:
-                    found[who] = measure(case)
-                except (torch.OutOfMemoryError, ValueError) as error:
-                    found[who] = {"failed": str(error).splitlines()[0]}
-                    print(f"{who} failed: {found[who]['failed']}", flush=True)
-                gc.collect()
-                torch.compiler.reset()
-                if DEVICE == "cuda":
-                    torch.cuda.empty_cache()
+        for who in args.who:
+            try:
+                found[who] = {"peer": peer, "ours": ours}[who](case)
+            except (torch.OutOfMemoryError, ValueError) as error:
+                found[who] = {"failed": str(error).splitlines()[0]}
+                print(f"{who} failed: {found[who]['failed']}", flush=True)
+            gc.collect()
+            torch.compiler.reset()
+            if DEVICE == "cuda":
+                torch.cuda.empty_cache()
         results[name] = found
+        if not distributed.is_main_rank():
+            continue
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_kit.chat_template import first_line
 from rlhf_kit.config import GenerationConfig
+from rlhf_kit.distributed import print_main
 from rlhf_kit.hybrid_engine.attention import STEP_NAME, attach, own_attention
 from rlhf_kit.hybrid_engine.compiled_layers import compiled_layers
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
@@ -96,11 +98,20 @@ class Step:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._warm_up(n, config)
+                try:
+                    self._warm_up(n, config)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    print_main(
+                        f"the layers of {type(self.model).__name__} can't be compiled and run as "
+                        f"they are: {first_line(error)}"
+                    )
+                    self.compiled = False
+                    return self._capture(n, config)
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads, as NCCL's watchdog, may go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._run(n, config)
             self._pool = graph.pool()
         return graph
