@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlhf_kit import distributed, integrity
+from rlhf_kit.adapters import FOLDER, save_adapter
 from rlhf_kit.config import require
 from rlhf_kit.hybrid_engine.partitions import gathered
 from rlhf_kit.models import has_adapters, merged_state_dict, quiet_transformers
@@ -56,7 +57,8 @@ def export(
 ) -> Path:
     """Write `model` (a transformers model, also inside an engine) with its tokenizer.
 
-    Adapters are merged into a copy; the live weights stay untouched. All ranks must call it.
+    Adapters are merged into a copy; the live weights stay untouched. The one in use also goes
+    into `adapter/`, by itself. All ranks must call it.
     `details` go into export.json.
     """
     target = Path(directory)
@@ -69,6 +71,8 @@ def export(
             try:
                 with integrity.writing(target, details or {}, name=MARKER) as temporary:
                     _save_pretrained(model, state, temporary)
+                    if has_adapters(model):
+                        save_adapter(model, temporary / FOLDER)
                     tokenizer.save_pretrained(temporary)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{target} could not be written: {error}") from error

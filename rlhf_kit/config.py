@@ -538,11 +538,38 @@ class MonitorConfig:
 class MemoryConfig:
     """What is held in memory, and where."""
 
+    shared_base: bool = False
+    """PPO's actor, critic and reward model are adapters on one frozen base, whose output without
+    any is the ref's. The reward model must have been trained as an adapter of the actor's start."""
+    offload_idle: bool = False
+    """Keep what a phase of PPO does not need in pinned CPU memory meanwhile: ref and reward model
+    until they score, the critic while responses are generated, optimisers' states and the average
+    until training. Costs the copies."""
     logprob_chunk: int = 1024
     """Tokens whose logits exist at a time, in fp32, where logprobs are computed."""
 
     def __post_init__(self) -> None:
         require(self.logprob_chunk > 0, "memory.logprob_chunk must be at least 1")
+
+    def check(self, actor: EngineConfig, critic: EngineConfig) -> None:
+        """ValueError where these engines can't be held as this says."""
+        if not self.shared_base:
+            return
+        require(
+            actor.lora.rank > 0 and critic.lora.rank > 0,
+            "memory.shared_base needs adapters: set actor_engine.lora.rank and "
+            "critic_engine.lora.rank",
+        )
+        require(
+            max(actor.zero_stage, critic.zero_stage) < 3,
+            "memory.shared_base does not go with ZeRO-3, which cuts one engine's weights into "
+            "shards that the others could not read; set zero_stage to 2 at most",
+        )
+        require(
+            actor.dtype == critic.dtype,
+            f"memory.shared_base needs one dtype, and actor_engine has {actor.dtype}, "
+            f"critic_engine {critic.dtype}",
+        )
 
 
 @dataclass(frozen=True)
@@ -584,6 +611,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.actor_model), "actor_model must name a model")
+        self.memory.check(self.actor_engine, self.critic_engine)
         require(
             self.critic_engine.generation_tp == 1,
             "critic_engine.generation_tp must be 1: only the actor generates; set "

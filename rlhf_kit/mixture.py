@@ -42,9 +42,7 @@ def probe_parameters(engine: TrainingEngine) -> list[torch.nn.Parameter]:
     cheap, and both losses reach it through the same head.
     """
     trained = [
-        (name, p)
-        for name, p in engine.module.named_parameters()
-        if p.requires_grad and p.dim() >= 2
+        (name, p) for name, p in engine.held.named_parameters() if p.requires_grad and p.dim() >= 2
     ]
     layers = [(int(part), p) for name, p in trained for part in name.split(".") if part.isdigit()]
     require(bool(layers), "the actor has no numbered layers to measure the mixture loss on")

@@ -149,6 +149,7 @@ class PPOTrainer:
 
     def _generate(self, prompts: PromptBatch) -> Rollout:
         """Responses of the actor as it is now; with fewer slots where memory runs out."""
+        self.engine.rest()
         self.engine.actor.eval()
 
         def attempt(slots: int) -> Rollout | NotFinite:

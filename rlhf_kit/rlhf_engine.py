@@ -19,6 +19,7 @@ from rlhf_kit import distributed
 from rlhf_kit.config import RunConfig, exact_div, require
 from rlhf_kit.ema import EMA
 from rlhf_kit.hybrid_engine.engine import HybridEngine
+from rlhf_kit.hybrid_engine.parked import Parked, parked_module
 from rlhf_kit.hybrid_engine.training import TrainingEngine, start_deepspeed
 from rlhf_kit.micro_batches import MicroBatch, micro_batches
 from rlhf_kit.models import (
@@ -30,6 +31,7 @@ from rlhf_kit.models import (
     resolve_model,
     saved_normalisation,
 )
+from rlhf_kit.shared_base import SharedBase, share_base
 from rlhf_kit.token_logprobs import chosen_logprobs
 from rlhf_kit.tokenization import (
     ScoreBatch,
@@ -50,7 +52,8 @@ class RLHFEngine:
     """Actor, ref, critic, reward model and EMA, ready for `PPOTrainer`.
 
     The actor starts from a SFT model and the ref stays there. Critic and reward model start
-    from the reward model's directory. Where the reward model has another tokenizer than the
+    from the reward model's directory. With `memory.shared_base` all four are one base, under three
+    adapters or none. Where the reward model has another tokenizer than the
     actor, responses are scored as re-encoded text, and the critic, which must value the actor's
     own tokens, starts from the actor's weights with a fresh head.
 
@@ -87,58 +90,110 @@ class RLHFEngine:
         distributed.seed_everything(args.seed)
 
         actor = load_causal_lm(actor_model_name_or_path, tokenizer, dtype=args.actor_engine.dtype)
+        self.reward_tokenizer = _tokenizer_of(critic_model_name_or_path, tokenizer)
+        self.shares_tokenizer = same_tokenizer(tokenizer, self.reward_tokenizer)
+        require(args.actor_engine.lora.dropout == 0, "lora dropout must be 0 in PPO")
         self._ref: torch.nn.Module | None = None
-        if args.actor_engine.lora.rank:
-            require(args.actor_engine.lora.dropout == 0, "lora dropout must be 0 in PPO")
-            add_lora(actor, args.actor_engine.lora)
+        self._shared: SharedBase | None = None
+        self._parked: dict[str, Parked] = {}
+        if args.memory.shared_base:
+            roles = self._on_one_base(actor, critic_model_name_or_path)
         else:
-            # A copy, not loaded again: rows added for new tokens are random, and must be equal.
-            self._ref = copy.deepcopy(cast(torch.nn.Module, actor)).to(self.device)
-            self._ref.eval().requires_grad_(False)
+            roles = self._apart(actor, actor_model_name_or_path, critic_model_name_or_path)
         self.actor = HybridEngine(
-            actor,
+            roles[0],
             args.actor_engine,
             ppo.actor_optimizer,
             total_steps=actor_iterations * updates,
             eos_token_ids=stop_token_ids(tokenizer, actor),
             pad_token_id=self.pad_token_id,
         )
-        self.ema = EMA(self.actor.module, ppo.ema) if ppo.ema.enabled else None
-
-        self.reward_tokenizer = _tokenizer_of(critic_model_name_or_path, tokenizer)
-        self.shares_tokenizer = same_tokenizer(tokenizer, self.reward_tokenizer)
-        scorer = load_scorer(
-            critic_model_name_or_path, self.reward_tokenizer, dtype=args.critic_engine.dtype
+        self.ema = EMA(self.actor.held, ppo.ema) if ppo.ema.enabled else None
+        if args.memory.offload_idle:
+            self.actor.leave()
+        self.critic = TrainingEngine(
+            roles[1],
+            args.critic_engine,
+            ppo.critic_optimizer,
+            total_steps=num_total_iters * updates,
         )
+        self.rest()
+
+    def rest(self) -> None:
+        """Before generation: what it does not need leaves the device, if the config says so.
+
+        Everything comes back by itself when it is used.
+        """
+        if not self.args.memory.offload_idle:
+            return
+        self.actor.leave()
+        self.critic.leave(weights=True)
+        if self.ema is not None:
+            self.ema.leave()
+
+    def _frozen(self, name: str, module: torch.nn.Module) -> torch.nn.Module:
+        """The module for scoring on the device, or waiting for it in host memory."""
+        module.eval().requires_grad_(False)
+        if self.args.memory.offload_idle:
+            self._parked[name] = parked_module(module, self.device)
+        return module.to(self.device)
+
+    @contextlib.contextmanager
+    def _present(self, name: str) -> Iterator[None]:
+        """Inside, the frozen model `name` is on the device."""
+        parked = self._parked.get(name)
+        if parked is not None:
+            parked.come()
+        try:
+            yield
+        finally:
+            if parked is not None:
+                parked.leave()
+
+    def _apart(
+        self, actor: Any, actor_name: str, critic_name: str
+    ) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """Actor and critic as models of their own; makes ref and reward model too."""
+        args = self.args
+        if args.actor_engine.lora.rank:
+            add_lora(actor, args.actor_engine.lora)
+        else:
+            # A copy, not loaded again: rows added for new tokens are random, and must be equal.
+            self._ref = self._frozen("ref", copy.deepcopy(actor))
+        scorer = load_scorer(critic_name, self.reward_tokenizer, dtype=args.critic_engine.dtype)
         self.score_mean, self.score_std = saved_normalisation(scorer)
-        self.reward = ValueModel(scorer).to(self.device).eval().requires_grad_(False)
         if self.shares_tokenizer:
             # A copy, so that the critic starts from the very scores, even of an untrained head.
-            value_model = ValueModel(
-                copy.deepcopy(scorer), mean=self.score_mean, std=self.score_std
-            ).requires_grad_(True)
+            critic = ValueModel(copy.deepcopy(scorer), mean=self.score_mean, std=self.score_std)
         else:
             distributed.print_main(
                 "the reward model has another tokenizer: responses are re-encoded for it, and "
                 "the critic starts from the actor with a fresh head"
             )
-            value_model = ValueModel(
-                load_scorer(actor_model_name_or_path, tokenizer, dtype=args.critic_engine.dtype)
+            critic = ValueModel(
+                load_scorer(actor_name, self.tokenizer, dtype=args.critic_engine.dtype)
             )
         if args.critic_engine.lora.rank:
-            add_lora(value_model.scorer, args.critic_engine.lora)
-        self.critic = TrainingEngine(
-            value_model,
-            args.critic_engine,
-            ppo.critic_optimizer,
-            total_steps=num_total_iters * updates,
-        )
+            add_lora(critic.scorer, args.critic_engine.lora)
+        self.reward = self._frozen("reward", ValueModel(scorer))
+        return actor, critic
+
+    def _on_one_base(self, actor: Any, critic_name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """Actor and critic as adapters of one base; the reward model is a third."""
+        self._shared = share_base(actor.to(self.device), critic_name, self.args)
+        self.score_mean, self.score_std = self._shared.score_mean, self._shared.score_std
+        self.reward = self._shared.reward.to(self.device).eval()
+        return self._shared.actor, self._shared.critic
 
     @contextlib.contextmanager
     def ref(self) -> Iterator[torch.nn.Module]:
         """The frozen SFT model: a copy, or the actor with its adapters off."""
         if self._ref is not None:
-            yield self._ref
+            with self._present("ref"):
+                yield self._ref
+        elif self._shared is not None:
+            with self._shared.switch.chosen(None):
+                yield self.actor.module
         else:
             with adapters_off(self.actor.module):
                 yield self.actor.module
@@ -216,9 +271,10 @@ class RLHFEngine:
                 meet=False,
             )
         scores = torch.empty(len(rollout.prompts), device=self.device)
-        for micro in parts:
-            values = self.reward(micro.input_ids).flatten()
-            scores[micro.rows] = values.index_select(0, micro.lasts)
+        with self._present("reward"):
+            for micro in parts:
+                values = self.reward(micro.input_ids).flatten()
+                scores[micro.rows] = values.index_select(0, micro.lasts)
         return scores
 
     def _encoded_anew(self, rollout: Rollout) -> ScoreBatch:

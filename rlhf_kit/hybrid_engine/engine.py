@@ -22,6 +22,7 @@ from rlhf_kit.hybrid_engine.tensor_parallel import (
 )
 from rlhf_kit.hybrid_engine.training import TrainingEngine, rank_timeout, start_deepspeed
 from rlhf_kit.hybrid_engine.weights_version import weights_version
+from rlhf_kit.shared_base import Role
 from rlhf_kit.types import PromptBatch, Rollout
 
 
@@ -46,7 +47,8 @@ class HybridEngine(TrainingEngine):
         if config.generation_tp > 1:
             start_deepspeed()
             group = group_of(config.generation_tp, rank_timeout())
-            self.parallel = TensorParallelCopy(model, group)
+            whole = model.whole if isinstance(model, Role) else model
+            self.parallel = TensorParallelCopy(whole, group)
         super().__init__(model, config, optimizer, total_steps=total_steps)
         # After initialize: ZeRO moves parameters once, into its flat buffers, and never again.
         # Under ZeRO-3 a merged copy would be the whole model again, on every rank; a group's parts

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from torch import nn
 
+from rlhf_kit.shared_base import Role
+
 _NAME = "_weights_version"
 
 
 def weights_version(module: nn.Module) -> int:
     """A number that is another one after every change."""
-    return getattr(module, _NAME, 0)
+    return getattr(_whole(module), _NAME, 0)
 
 
 def weights_changed(module: nn.Module) -> None:
     """To be called after every change of the weights in place."""
-    setattr(module, _NAME, weights_version(module) + 1)
+    setattr(_whole(module), _NAME, weights_version(module) + 1)
+
+
+def _whole(module: nn.Module) -> nn.Module:
+    """What generates with a role's weights is the whole model, not what the role holds."""
+    return module.whole if isinstance(module, Role) else module
