@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 TORCH ?= 2.13.0
 LOCK ?=
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
-NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.py))
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.py notebooks/solutions/[0-9]*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format notebooks base-model audit lock sz clean

@@ -4,7 +4,7 @@ One head of D x V over N response tokens: the loss and its backward pass, with t
 hidden states and of the head (trained) or of the hidden states alone (frozen, as under LoRA), and
 the forward alone (scored, as for old and ref logprobs). Peak memory is what the pass adds to its
 inputs: on a GPU the allocator's peak, on a CPU the growth of a forked process's resident memory.
-Seconds are the fastest of some rounds.
+Seconds are the fastest of some rounds, on a CPU the processor's, which other load hardly touches.
 
     python benchmarks/logprobs.py [--tokens 2048] [--width 768] [--vocabulary 50272]
 """
@@ -56,16 +56,17 @@ def passes(arguments: argparse.Namespace, work: str, chunk: int | None) -> dict[
     small = slice(0, 8)
     logprobs(hidden[small], weight, ids[small], chunk)  # loads what the first call loads
     before = peak(device, reset=True)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds = []
     for _ in range(arguments.rounds):
         hidden.grad = weight.grad = None
-        start = time.perf_counter()
+        start = clock()
         loss = logprobs(hidden, weight, ids, chunk).sum()
         if loss.requires_grad:
             loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return {"bytes": peak(device) - before, "seconds": min(seconds)}
 
 

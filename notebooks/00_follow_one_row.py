@@ -727,6 +727,8 @@ print_main("one row has become a gradient, and the gradient a better model")
 # %% [markdown]
 # ## Exercises
 #
+# [Solutions](solutions/00_follow_one_row.ipynb).
+#
 # 1. Set `lam` to 1 and run again. With $\gamma = 1$ and a KL of 0, what must
 #    all returns of a row be equal to? *Hint: the surprises add up and all
 #    values in between cancel.*

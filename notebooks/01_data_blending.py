@@ -635,6 +635,7 @@ plot_histogram(
         "response": [row.length - row.prompt_length for row in train.rows],
     },
     label="tokens",
+    of="rows",
 )
 
 # %% [markdown]
@@ -695,6 +696,8 @@ print_main("no prompt is in two stages, every response ends with EOS")
 
 # %% [markdown]
 # ## Exercises
+#
+# [Solutions](solutions/01_data_blending.ipynb).
 #
 # 1. Write a JSON Lines file of your own with a prompt, a chosen and a
 #    rejected response a line, and pass it as `data`. Break a line on

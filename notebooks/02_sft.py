@@ -667,6 +667,8 @@ if launch.in_notebook():
 # %% [markdown]
 # ## Exercises
 #
+# [Solutions](solutions/02_sft.ipynb).
+#
 # 1. **Leave the EOS out.** Set `loss_mask` to False on each row's last token
 #    before the loss, train, and look at the column *ended*. (Hint:
 #    `collate_sft` is the one place; `row.length - 1` is where EOS stands.)

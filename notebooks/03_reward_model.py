@@ -652,6 +652,8 @@ if launch.in_notebook():
 # %% [markdown]
 # ## Exercises
 #
+# [Solutions](solutions/03_reward_model.ipynb).
+#
 # 1. **Start from the base model.** `init_from="base"`. Which kind of pair
 #    suffers? What does the SFT model know that the base model doesn't?
 # 2. **No centring.** Set `center_coef` to 0 (`reward__center_coef=0.0` in

@@ -44,6 +44,7 @@ ptx_coef: float | None = None  # weight of the mixture loss with coef
 ema_decay: float | None = None  # of the average of the actor's weights
 zero_stage: int | None = None  # ZeRO stage of the actor, 0 to 3
 lora_rank: int | None = None  # adapters of this rank; 0 trains all weights
+generation_tp: int | None = None  # ranks of a host that generate together
 
 # %% [markdown]
 # Each of these is also a flag when the file runs as a script
@@ -114,6 +115,7 @@ run = RunDirectory.open(
     ppo__ema__decay=ema_decay,
     actor_engine__zero_stage=zero_stage,
     actor_engine__lora__rank=lora_rank,
+    actor_engine__generation_tp=generation_tp,
 )
 args = run.args()
 preflight.check(run)
@@ -816,6 +818,8 @@ if distributed.is_main_rank():
 # %% [markdown]
 # ## Exercises
 #
+# [Solutions](solutions/04_ppo.ipynb).
+#
 # 1. Set `kl_coef` to 0 and train again into another `run_dir`. Compare the
 #    curves, then the samples in `ppo/samples.jsonl`. *Hint: which column of
 #    step 2 is gone?*
@@ -832,7 +836,7 @@ if distributed.is_main_rank():
 # ## On a cluster
 #
 #     deepspeed --num_gpus 8 notebooks/04_ppo.py --preset cluster \
-#         --zero_stage 3
+#         --zero_stage 3 --generation_tp 2
 #     torchrun --nproc_per_node 8 notebooks/04_ppo.py --preset cluster
 #
 # ## What to read next

@@ -574,6 +574,8 @@ if {"final", "ema"} <= found.keys():
 # %% [markdown]
 # ## Exercises
 #
+# [Solutions](solutions/05_chat_and_compare.ipynb).
+#
 # 1. Chat at temperature 0, 0.7 and 1.5. Which family of questions breaks
 #    first? *Hint: arithmetic has one right token, greetings have many.*
 # 2. Judge 20 prompts blindly, and compute how often you agree with the gold

@@ -801,6 +801,8 @@ else:
 # %% [markdown]
 # ## Exercises
 #
+# [Solutions](solutions/07_over_optimisation.ipynb).
+#
 # 1. Double `pairs` until the gold score no longer falls without a penalty.
 #    (Hint: 500, 1000, 2000. Watch accuracy on politeness, then the fit's
 #    $\beta$: which of the two moves with the peak?)

@@ -6,8 +6,7 @@ Files are written to a temporary directory beside the target, which is one renam
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,25 +14,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlhf_kit import distributed, integrity
+from rlhf_kit.adapters import FOLDER, save_adapter
 from rlhf_kit.config import require
+from rlhf_kit.hybrid_engine.partitions import gathered
 from rlhf_kit.models import has_adapters, merged_state_dict, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKER = "export.json"
-
-
-@contextlib.contextmanager
-def _gathered(module: nn.Module) -> Iterator[None]:
-    """Whole parameters on every rank, where ZeRO-3 has cut them into shards."""
-    if not any(hasattr(p, "ds_id") for p in module.parameters()):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        yield
 
 
 def is_complete(directory: str | Path) -> bool:
@@ -68,11 +57,12 @@ def export(
 ) -> Path:
     """Write `model` (a transformers model, also inside an engine) with its tokenizer.
 
-    Adapters are merged into a copy; the live weights stay untouched. All ranks must call it.
+    Adapters are merged into a copy; the live weights stay untouched. The one in use also goes
+    into `adapter/`, by itself. All ranks must call it.
     `details` go into export.json.
     """
     target = Path(directory)
-    with _gathered(model):
+    with gathered(model.parameters()):
         state = merged_state_dict(model) if has_adapters(model) else model.state_dict()
         if distributed.is_main_rank():
             # contiguous clones: parameters of a ZeRO buffer are views of one large storage
@@ -81,6 +71,8 @@ def export(
             try:
                 with integrity.writing(target, details or {}, name=MARKER) as temporary:
                     _save_pretrained(model, state, temporary)
+                    if has_adapters(model):
+                        save_adapter(model, temporary / FOLDER)
                     tokenizer.save_pretrained(temporary)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{target} could not be written: {error}") from error

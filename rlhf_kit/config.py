@@ -73,6 +73,9 @@ class LoRAConfig:
     """Must be 0 in PPO, where every forward has to agree."""
     target_modules: str = "all-linear"
     """Which layers get adapters, as peft names them (comma-separated names also work)."""
+    merge: bool = True
+    """Generate from a copy of the weights with the adapters added: faster, for a second copy of
+    the adapted weights while generating."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora rank must be 0 (off) or more")
@@ -97,8 +100,17 @@ class EngineConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters instead of all weights."""
+    cuda_graphs: bool = True
+    """On a GPU, compile the actor's layers for generation and replay each step as a CUDA graph."""
+    keep_cache: bool = False
+    """Keep what generation holds (KV cache, captured steps, parts of weights) while training: saves
+    making it again in every iteration, and takes the memory."""
+    generation_tp: int = 1
+    """Ranks of a host that generate together, each with a part of every weight (tensor
+    parallelism); 1 generates alone. With ZeRO-3 no rank then ever holds the whole actor."""
 
     def __post_init__(self) -> None:
+        require(self.generation_tp >= 1, "generation_tp must be at least 1")
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage must be 0, 1, 2 or 3")
         require(self.dtype in ("fp32", "bf16"), "dtype must be fp32 or bf16")
         require(
@@ -325,6 +337,9 @@ class PPOConfig:
     """Rows an optimiser step, over all ranks."""
     micro_batch_size: int = 32
     """Rows a forward pass, on one rank."""
+    micro_batch_tokens: int = 0
+    """Tokens a forward pass, on one rank, padding counted: rows of a minibatch that are of similar
+    length go together. 0 goes by `micro_batch_size`."""
     actor_optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(eps=1e-5, schedule="linear")
     )
@@ -373,6 +388,7 @@ class PPOConfig:
             min(self.batch_size, self.minibatch_size, self.micro_batch_size) > 0,
             "ppo batch sizes must be positive",
         )
+        require(self.micro_batch_tokens >= 0, "ppo.micro_batch_tokens must be 0 (off) or more")
         require(
             0 <= self.critic_warmup_iterations < self.iterations,
             f"ppo.critic_warmup_iterations is {self.critic_warmup_iterations} of {self.iterations} "
@@ -522,11 +538,38 @@ class MonitorConfig:
 class MemoryConfig:
     """What is held in memory, and where."""
 
+    shared_base: bool = False
+    """PPO's actor, critic and reward model are adapters on one frozen base, whose output without
+    any is the ref's. The reward model must have been trained as an adapter of the actor's start."""
+    offload_idle: bool = False
+    """Keep what a phase of PPO does not need in pinned CPU memory meanwhile: ref and reward model
+    until they score, the critic while responses are generated, optimisers' states and the average
+    until training. Costs the copies."""
     logprob_chunk: int = 1024
     """Tokens whose logits exist at a time, in fp32, where logprobs are computed."""
 
     def __post_init__(self) -> None:
         require(self.logprob_chunk > 0, "memory.logprob_chunk must be at least 1")
+
+    def check(self, actor: EngineConfig, critic: EngineConfig) -> None:
+        """ValueError where these engines can't be held as this says."""
+        if not self.shared_base:
+            return
+        require(
+            actor.lora.rank > 0 and critic.lora.rank > 0,
+            "memory.shared_base needs adapters: set actor_engine.lora.rank and "
+            "critic_engine.lora.rank",
+        )
+        require(
+            max(actor.zero_stage, critic.zero_stage) < 3,
+            "memory.shared_base does not go with ZeRO-3, which cuts one engine's weights into "
+            "shards that the others could not read; set zero_stage to 2 at most",
+        )
+        require(
+            actor.dtype == critic.dtype,
+            f"memory.shared_base needs one dtype, and actor_engine has {actor.dtype}, "
+            f"critic_engine {critic.dtype}",
+        )
 
 
 @dataclass(frozen=True)
@@ -568,6 +611,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.actor_model), "actor_model must name a model")
+        self.memory.check(self.actor_engine, self.critic_engine)
+        require(
+            self.critic_engine.generation_tp == 1,
+            "critic_engine.generation_tp must be 1: only the actor generates; set "
+            "actor_engine.generation_tp",
+        )
         require(
             self.data.max_prompt_length + self.generation.max_new_tokens <= self.data.max_length,
             "data.max_prompt_length + generation.max_new_tokens must not exceed data.max_length",

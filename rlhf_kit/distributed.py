@@ -26,6 +26,12 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world_size() -> int:
+    """Ranks on this host: what torchrun or DeepSpeed's launcher says, else all there are."""
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(here) if here else world_size()
+
+
 def is_main_rank() -> bool:
     return rank() == 0
 
@@ -55,12 +61,28 @@ def all_any(flag: bool, device: torch.device | str = "cpu") -> bool:
     return bool(all_sum(torch.tensor(float(flag), device=device)).item() > 0)
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """One picklable object of every rank, in rank order, on all ranks."""
+_hosts: list[Any] = []
+"""The process group of the hosts, made when first asked for."""
+
+
+def any_host(flag: bool) -> bool:
+    """`all_any` over the CPUs' own connection: no host waits for what its GPU has still to do."""
+    if world_size() == 1:
+        return flag
+    if not _hosts:
+        gloo = dist.get_backend() == "gloo"
+        _hosts.append(dist.group.WORLD if gloo else dist.new_group(backend="gloo"))
+    said = torch.tensor(float(flag))
+    dist.all_reduce(said, op=dist.ReduceOp.SUM, group=_hosts[0])
+    return said.item() > 0
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """One picklable object of every rank (of `group`), in rank order, on all of them."""
     if world_size() == 1:
         return [value]
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 

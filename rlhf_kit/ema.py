@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from rlhf_kit import distributed
 from rlhf_kit.config import EMAConfig, require
 from rlhf_kit.functional import ema_decay
-from rlhf_kit.hybrid_engine.partitions import shard
+from rlhf_kit.hybrid_engine.parked import Parked
+from rlhf_kit.hybrid_engine.partitions import put_away, shard
+from rlhf_kit.hybrid_engine.weights_version import weights_changed
 from rlhf_kit.training_state import Fragment, State
 
 
@@ -33,13 +35,20 @@ class EMA:
         self.config = config
         self.updates = 0
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._module = module
         self._names = [name for name, _ in trained]
         self._parameters = [p for _, p in trained]
         self._averages = [_local(p).detach().float().clone() for p in self._parameters]
+        self._parked = Parked(lambda: self._averages)
+
+    def leave(self) -> None:
+        """Give up the device's memory; the averages come back by themselves when used."""
+        self._parked.leave()
 
     @torch.no_grad()
     def update(self) -> float:
         """Move towards the current weights; returns the decay used."""
+        self._parked.come()
         decay = ema_decay(self.updates, decay=self.config.decay, warmup=self.config.warmup)
         live = [_local(p) for p in self._parameters]
         if all(tensor.dtype == torch.float32 for tensor in live):
@@ -53,6 +62,7 @@ class EMA:
     @torch.no_grad()
     def distance(self) -> float:
         """||average - weights|| / ||weights||, over all ranks; all ranks must call it."""
+        self._parked.come()
         sums = torch.zeros(2, dtype=torch.float64)
         for parameter, average in zip(self._parameters, self._averages, strict=True):
             live = _local(parameter).float()
@@ -64,19 +74,25 @@ class EMA:
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Inside, the module's weights are the average (rounded to its dtype); restored exactly."""
-        with torch.no_grad():
-            kept = [_local(p).clone() for p in self._parameters]
-            for parameter, average in zip(self._parameters, self._averages, strict=True):
-                _local(parameter).copy_(average)
+        self._parked.come()
+        kept = [_local(p).detach().clone() for p in self._parameters]
+        self._write(self._averages)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, tensor in zip(self._parameters, kept, strict=True):
-                    _local(parameter).copy_(tensor)
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, weights: list[Tensor]) -> None:
+        """Make `weights` the module's; what ZeRO-3 holds whole would hide them."""
+        put_away(self._parameters)
+        for parameter, tensor in zip(self._parameters, weights, strict=True):
+            _local(parameter).copy_(tensor)
+        weights_changed(self._module)
 
     def state(self) -> State:
         """The averages in fp32 and the update count; all ranks must call it."""
+        self._parked.come()
         averages = {}
         for name, parameter, average in self._named():
             shape, start, length = shard(parameter)
@@ -87,6 +103,7 @@ class EMA:
 
     def load_state(self, state: State) -> None:
         """Go on from a state, of any number of ranks and ZeRO stage."""
+        self._parked.come()
         for name, parameter, average in self._named():
             shape, start, length = shard(parameter)
             stored = state["averages"].get(name)

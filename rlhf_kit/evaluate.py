@@ -20,9 +20,8 @@ from torch import Tensor
 
 from rlhf_kit.blending import Blend
 from rlhf_kit.checkpoint import is_complete
-from rlhf_kit.config import GenerationConfig, RunConfig, from_dict, require
+from rlhf_kit.config import GenerationConfig, MemoryConfig, RunConfig, from_dict, require
 from rlhf_kit.distributed import derive_seed, local_device
-from rlhf_kit.functional import token_logprobs
 from rlhf_kit.hybrid_engine.decode import Decoder
 from rlhf_kit.measure import (
     ActorEvaluation,
@@ -31,14 +30,12 @@ from rlhf_kit.measure import (
     evaluate_reward_model,
     weight_distance,
 )
-from rlhf_kit.models import (
-    TOY_WORLD,
-    load_causal_lm,
-    response_logits,
-)
+from rlhf_kit.micro_batches import micro_batches
+from rlhf_kit.models import TOY_WORLD, load_causal_lm
 from rlhf_kit.pipeline import EXPORTS, read_record
 from rlhf_kit.results import COMPARISONS, MODELS, SEED, describe_reward_model, summarise
 from rlhf_kit.scorer import Scorer
+from rlhf_kit.token_logprobs import chosen_logprobs
 from rlhf_kit.tokenization import (
     collate_prompts,
     decode_response,
@@ -236,14 +233,12 @@ class Actor:
 @torch.no_grad()
 def logprobs(model: Any, rollout: Rollout, rows: int) -> Tensor:
     """[B, R] log-probabilities of the response tokens at temperature 1, `rows` at a time."""
-    length = rollout.response_ids.shape[1]
-    parts = [
-        token_logprobs(response_logits(model, ids, mask, length), ids[:, -length:])
-        for ids, mask in zip(
-            rollout.sequences.split(rows), rollout.attention_mask.split(rows), strict=True
-        )
-    ]
-    return torch.cat(parts)
+    found = torch.zeros_like(rollout.logprobs)
+    length, chunk = rollout.response_ids.shape[1], MemoryConfig.logprob_chunk
+    for micro in micro_batches(rollout.sequences, rollout.attention_mask, length, size=rows):
+        logprob, _ = chosen_logprobs(model, micro.input_ids, micro.places, chunk=chunk)
+        found.view(-1).index_copy_(0, micro.slots, logprob)
+    return found
 
 
 def _load_actor(directory: str, tokenizer: Any, config: RunConfig) -> Any:

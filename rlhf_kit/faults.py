@@ -195,7 +195,7 @@ class Faults:
         self.act("nonfinite", "stop" if policy == "stop" else "roll_back", what, advice)
 
     def _agreed(self, mine: bool) -> bool:
-        return not distributed.all_any(not mine, distributed.local_device())
+        return not distributed.any_host(not mine)
 
     # ---- metrics out of their limits
 
@@ -225,12 +225,15 @@ class Faults:
         lower: str,
         undo: Callable[[], None] = lambda: None,
         whole: bool = True,
+        unit: str = "row",
+        smallest: int = 1,
     ) -> tuple[Result, int]:
         """`attempt(size)`, and where any rank runs out of memory again with half of `size`.
 
         All ranks repeat together: inside an attempt they may meet in `backward` alone. `lower`
         names the setting that `size` came from. `whole` False says that ranks meet inside the
-        attempt in ways that can't be left half way (ZeRO-3): then it stops.
+        attempt in ways that can't be left half way (ZeRO-3, generation in groups): then it stops. So it does from
+        `smallest` downwards; `size` counts rows, or what `unit` says.
         """
         while True:
             result, short, told = None, False, False
@@ -241,7 +244,8 @@ class Faults:
             except _OutOfMemoryElsewhere:
                 told = True
             if short and not whole and distributed.world_size() > 1:
-                self._out_of_memory(doing, lower, size, "under ZeRO-3 ranks can't repeat a pass")
+                why = "ranks can't repeat a pass they share"
+                self._out_of_memory(doing, lower, size, why, unit=unit)
             if not told and self._agreed(not short):
                 assert result is not None
                 return result, size
@@ -249,14 +253,15 @@ class Faults:
             undo()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if size == 1 or self.config.out_of_memory == "stop":
-                self._out_of_memory(doing, lower, size, "")
+            if size <= smallest or self.config.out_of_memory == "stop":
+                last = size <= smallest
+                self._out_of_memory(doing, lower, size, "", unit=unit, last=last)
             size //= 2
             self.report(
                 "out_of_memory",
                 "halve",
-                f"memory ran out in {doing}: repeated, and from now on done, with {size} rows at "
-                f"once; to have it so from the start, set {lower} to {size}",
+                f"memory ran out in {doing}: repeated, and from now on done, with {size} {unit}s "
+                f"at once; to have it so from the start, set {lower} to {size}",
             )
 
     def backward(self, engine: Any, loss: Tensor) -> None:
@@ -275,10 +280,20 @@ class Faults:
                 self._out_of_memory("a backward pass", "the stage's micro_batch_size", 0, why)
             raise
 
-    def _out_of_memory(self, doing: str, lower: str, size: int, why: str) -> None:
-        rows = f" with {size} row{'s' * (size > 1)} at once" if size else ""
+    def _out_of_memory(
+        self,
+        doing: str,
+        lower: str,
+        size: int,
+        why: str,
+        *,
+        unit: str = "row",
+        last: bool = False,
+    ) -> None:
+        """Stop; `last` says that `size` can't be lowered."""
+        rows = f" with {size} {unit}{'s' * (size > 1)} at once" if size else ""
         reason = f" ({why})" if why else ""
-        advice = f"lower {lower}" if size > 1 or not size else "lower data.max_length"
+        advice = "lower data.max_length" if last else f"lower {lower}"
         advice += ", turn gradient_checkpointing on, or use a higher zero_stage"
         what = f"memory ran out in {doing}{rows}{reason}"
         self.stop("out_of_memory", what, advice, alone=bool(why))

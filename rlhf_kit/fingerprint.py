@@ -17,7 +17,8 @@ from rlhf_kit.config import RunConfig
 BELOW = 2**32
 NOT_WHAT_BUT_HOW = frozenset(
     "checkpoint zero_stage offload_optimizer offload_parameters gradient_checkpointing "
-    "micro_batch_size slots cache logprob_chunk".split()
+    "micro_batch_size micro_batch_tokens slots cache logprob_chunk generation_tp keep_cache "
+    "cuda_graphs merge offload_idle".split()
 )
 """Settings that share out, keep or repeat the work, and change no result but its rounding."""
 

@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_kit import distributed
-from rlhf_kit.functional import last_token_index, token_logprobs
+from rlhf_kit.functional import last_token_index
 from rlhf_kit.hybrid_engine.self_test import TOLERANCE
-from rlhf_kit.models import response_logits
 from rlhf_kit.ppo import PPOTrainer
-from rlhf_kit.rlhf_engine import trim
 from rlhf_kit.tokenization import encode_prompt
 from rlhf_kit.types import Experience, Rollout
 
@@ -77,16 +75,13 @@ def check_after_first_step(trainer: PPOTrainer) -> list[Check]:
 
 def _first_ratio(trainer: PPOTrainer, experience: Experience) -> Check:
     """Old and new logprobs of the first micro-batch come from one function, so rho is 1."""
-    rows = experience.rows(torch.arange(min(trainer.micro_batch_size, len(experience))))
-    length = rows.response_mask.shape[1]
-    ids, mask, kept, _ = trim(rows.sequences, rows.attention_mask, length)
-    trainer.engine.actor.train()
-    logits = response_logits(trainer.engine.actor.module, ids, mask, kept)
-    now = token_logprobs(
-        logits.detach(), ids[:, -kept:], temperature=trainer.generation.temperature
-    )
-    trainer.engine.actor.eval()
-    gap = ((now - rows.old_logprobs[:, :kept]) * rows.response_mask[:, :kept]).abs().max()
+    engine, minibatch = trainer.engine, trainer.config.minibatch_size // distributed.world_size()
+    rows = experience.rows(torch.arange(min(minibatch, len(experience))))
+    micro = trainer.micro_batches(rows, trainer.micro_batch)[0]
+    engine.actor.train()
+    now = engine.logprobs(engine.actor.module, micro, trainer.generation.temperature)[0].detach()
+    engine.actor.eval()
+    gap = (now - micro.of(rows.old_logprobs)).abs().max()
     exact = trainer.config.old_logprobs != "rollout"
     limit = 0.0 if exact else TOLERANCE[trainer.args.actor_engine.dtype]
     return Check(

@@ -19,6 +19,7 @@ from rlhf_kit import distributed, fingerprint
 from rlhf_kit.config import RunConfig, exact_div, require
 from rlhf_kit.functional import mixture_weight
 from rlhf_kit.hybrid_engine.training import TrainingEngine
+from rlhf_kit.micro_batches import within_tokens
 from rlhf_kit.rlhf_engine import RLHFEngine
 from rlhf_kit.sft import Text, loss_tokens, text_loss
 from rlhf_kit.tokenization import Encoded, collate_sft
@@ -41,9 +42,7 @@ def probe_parameters(engine: TrainingEngine) -> list[torch.nn.Parameter]:
     cheap, and both losses reach it through the same head.
     """
     trained = [
-        (name, p)
-        for name, p in engine.module.named_parameters()
-        if p.requires_grad and p.dim() >= 2
+        (name, p) for name, p in engine.held.named_parameters() if p.requires_grad and p.dim() >= 2
     ]
     layers = [(int(part), p) for name, p in trained for part in name.split(".") if part.isdigit()]
     require(bool(layers), "the actor has no numbered layers to measure the mixture loss on")
@@ -60,6 +59,7 @@ class MixtureLoss:
         self.config = args.ppo.mixture
         self.seed = args.seed
         self.logprob_chunk = args.memory.logprob_chunk
+        self.by_tokens = args.ppo.micro_batch_tokens > 0
         self.pad_token_id = engine.pad_token_id
         size = max(int(args.ppo.minibatch_size * self.config.batch_ratio), 1)
         exact_div(size, distributed.world_size(), "mixture rows a minibatch / ranks")
@@ -82,10 +82,18 @@ class MixtureLoss:
         return [self.rows[i] for i in index.tolist()]
 
     def _texts(self, size: int) -> list[Text]:
-        """This step's micro-batches of this rank, of `size` rows."""
+        """This step's micro-batches of this rank, of `size` rows, or tokens as in PPO."""
+        drawn = self._drawn(self.steps)
+        parts = distributed.micro_batches(drawn, len(drawn) if self.by_tokens else size)
+        if self.by_tokens:
+            (mine,), ranks = parts, distributed.world_size()
+            lengths = [[row.length for row in drawn[rank::ranks]] for rank in range(ranks)]
+            most = max(len(within_tokens(of_rank, size)) for of_rank in lengths)
+            groups = within_tokens(lengths[distributed.rank()], size, at_least=most)
+            parts = [[mine[place] for place in group] for group in groups]
         return [
             Text.of(collate_sft(part, pad_token_id=self.pad_token_id), self.actor.device)
-            for part in distributed.micro_batches(self._drawn(self.steps), size)
+            for part in parts
         ]
 
     def fingerprint(self, steps: range) -> int:

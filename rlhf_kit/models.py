@@ -244,20 +244,29 @@ class ValueModel(nn.Module):
         self.std = std
         score_head(scorer)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, T] ids and mask -> [B, T] fp32 values; column t has read tokens up to t."""
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        self.scorer.gradient_checkpointing_enable(**settings)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, T] ids and mask -> [B, T] fp32 values; column t has read tokens up to t.
+
+        Rows that are padded on the right alone need no mask.
+        """
+        where = {}
+        if attention_mask is not None:
+            where = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
         hidden = self.scorer.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
+            input_ids=input_ids, use_cache=False, **where
         ).last_hidden_state
         return (self.scorer.score(hidden).squeeze(-1).float() - self.mean) / self.std
 
 
-def saved_normalisation(scorer: PreTrainedModel) -> tuple[float, float]:
-    """Mean and standard deviation of scores that the reward stage wrote into config.json."""
-    config = scorer.config
+def saved_normalisation(scorer: Any) -> tuple[float, float]:
+    """Mean and standard deviation of scores that the reward stage wrote into config.json.
+
+    Of a scorer, or of its configuration alone.
+    """
+    config = getattr(scorer, "config", scorer)
     return float(getattr(config, "score_mean", 0.0)), float(getattr(config, "score_std", 1.0))
 
 
@@ -285,8 +294,11 @@ def response_logits(
     return logits[:, -response_length - 1 : -1]
 
 
-def add_lora(model: PreTrainedModel, lora: LoRAConfig) -> None:
-    """Put adapters into `model` in place; afterwards they alone, and a score head, train."""
+def add_lora(model: PreTrainedModel, lora: LoRAConfig, *, name: str = "default") -> None:
+    """Put adapters into `model` in place; afterwards they alone, and a score head, train.
+
+    `name` tells them from others in the same model.
+    """
     import peft
 
     names = lora.target_modules
@@ -298,7 +310,7 @@ def add_lora(model: PreTrainedModel, lora: LoRAConfig) -> None:
         exclude_modules=["score", "lm_head", "embed_out"],
         task_type="CAUSAL_LM",
     )
-    peft.inject_adapter_in_model(config, model)
+    peft.inject_adapter_in_model(config, model, adapter_name=name)
     if isinstance(getattr(model, "score", None), nn.Linear):
         score_head(model).requires_grad_(True)
 

@@ -184,10 +184,40 @@ def plot_overoptimisation(
     return figure
 
 
-def plot_histogram(
-    groups: Mapping[str, Sequence[float]], path: PathLike = None, *, label: str = "score"
+def plot_bands(
+    panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]],
+    path: PathLike = None,
+    *,
+    xlabel: str = "iteration",
+    ylabel: str = "gold score",
 ) -> Figure:
-    """The distribution of `label` in each group, over common bins, as shares of the group."""
+    """Means and their intervals side by side: one panel a title, one line and its band a name.
+
+    panels: title -> name -> points, mappings with `x`, `mean`, `low` and `high`.
+    """
+    require(bool(panels), "bands need at least one panel")
+    with _figure(4.6 * len(panels), 3.4, path, 1, len(panels)) as (figure, axes):
+        for ax, (title, lines) in zip(axes.flat, panels.items(), strict=True):
+            looks = zip(lines.items(), _cycle(COLOURS), _cycle(LINES), strict=False)
+            for (name, points), color, line in looks:
+                x, mean, low, high = (
+                    [point[key] for point in points] for key in ("x", "mean", "low", "high")
+                )
+                ax.plot(x, mean, linestyle=line, color=color, label=name)
+                ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            _legend(ax)
+    return figure
+
+
+def plot_histogram(
+    groups: Mapping[str, Sequence[float]],
+    path: PathLike = None,
+    *,
+    label: str = "score",
+    of: str = "responses",
+) -> Figure:
+    """The distribution of `label` in each group, over common bins, as shares `of` the group."""
     values = {name: np.asarray(group, dtype=float) for name, group in groups.items()}
     values = {name: group[np.isfinite(group)] for name, group in values.items()}
     require(any(map(len, values.values())), f"a histogram of {label} needs at least one value")
@@ -201,7 +231,7 @@ def plot_histogram(
                 share = np.histogram(group, edges)[0] / len(group)
                 ax.stairs(share, edges, color=color, linestyle=line, linewidth=1.8, label=name)
                 ax.stairs(share, edges, color=color, alpha=0.08, fill=True)
-        ax.set(xlabel=label, ylabel="share of responses")
+        ax.set(xlabel=label, ylabel=f"share of {of}")
         if len(values) > 1:
             _legend(ax)
         ax.set_ylim(bottom=0)

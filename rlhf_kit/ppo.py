@@ -22,10 +22,10 @@ from rlhf_kit.config import GenerationConfig, RunConfig, require
 from rlhf_kit.faults import Faults, RolledBack
 from rlhf_kit.hybrid_engine.decode import NotFinite
 from rlhf_kit.metrics import Phases
+from rlhf_kit.micro_batches import MicroBatch, micro_batches
 from rlhf_kit.mixture import MixtureLoss, probe_parameters
-from rlhf_kit.models import response_logits
 from rlhf_kit.monitor import ADVICE, Monitor
-from rlhf_kit.rlhf_engine import RLHFEngine, trim
+from rlhf_kit.rlhf_engine import RLHFEngine
 from rlhf_kit.rollout import ask_models, make_experience, restored_rollout, rollout_state
 from rlhf_kit.tokenization import Encoded
 from rlhf_kit.training_state import State, Stateful
@@ -73,6 +73,7 @@ class PPOTrainer:
         # Many ranks may have less than a micro-batch of a minibatch each.
         ranks = distributed.world_size()
         self.micro_batch_size = min(args.ppo.micro_batch_size, args.ppo.minibatch_size // ranks)
+        self.micro_batch_tokens = args.ppo.micro_batch_tokens
         self.monitor = Monitor(args, engine.tokenizer)
         self.args = args
         self.config = args.ppo
@@ -140,11 +141,15 @@ class PPOTrainer:
         scorer = self.monitor.heldout
         if scorer is None or not self.monitor.due(self.iteration):
             return self.monitor.measure(rollout, experience.score)
-        heldout = self._within_memory("scoring", lambda rows: scorer.normalised(rollout, rows))
+        width = rollout.sequences.shape[1] if self.micro_batch_tokens else 1
+        heldout = self._within_memory(
+            "scoring", lambda size: scorer.normalised(rollout, max(size // width, 1))
+        )
         return self.monitor.measure(rollout, experience.score, heldout)
 
     def _generate(self, prompts: PromptBatch) -> Rollout:
         """Responses of the actor as it is now; with fewer slots where memory runs out."""
+        self.engine.rest()
         self.engine.actor.eval()
 
         def attempt(slots: int) -> Rollout | NotFinite:
@@ -155,7 +160,11 @@ class PPOTrainer:
                 return error
 
         found, slots = self.faults.within_memory(
-            "generating", self.generation.slots, attempt, lower="generation.slots"
+            "generating",
+            self.generation.slots,
+            attempt,
+            lower="generation.slots",
+            whole=self.engine.actor.config.generation_tp == 1,
         )
         self.generation = dataclasses.replace(self.generation, slots=slots)
         if not distributed.all_any(isinstance(found, NotFinite), self.engine.device):
@@ -173,22 +182,42 @@ class PPOTrainer:
         return self._generate(prompts)
 
     def _within_memory(self, doing: str, attempt: Callable[[int], Result]) -> Result:
-        """`attempt(rows at once)`, with half of them where memory runs out."""
+        """`attempt(rows at once)`, or tokens at once; with half of them where memory runs out."""
         engines = (self.engine.actor, self.engine.critic)
 
         def undo() -> None:
             for engine in engines:
                 engine.drop_gradients()
 
-        result, self.micro_batch_size = self.faults.within_memory(
+        by_tokens = self.micro_batch_tokens > 0
+        counted = "micro_batch_tokens" if by_tokens else "micro_batch_size"
+        result, size = self.faults.within_memory(
             doing,
-            self.micro_batch_size,
+            self.micro_batch,
             attempt,
-            lower="ppo.micro_batch_size",
+            lower=f"ppo.{counted}",
             undo=undo,
             whole=all(engine.config.zero_stage < 3 for engine in engines),
+            unit="token" if by_tokens else "row",
+            smallest=self.args.data.max_length if by_tokens else 1,
         )
+        setattr(self, counted, size)
         return result
+
+    @property
+    def micro_batch(self) -> int:
+        """Tokens that pass through a model at once where the config counts them, else rows."""
+        return self.micro_batch_tokens or self.micro_batch_size
+
+    def micro_batches(self, minibatch: Experience, size: int) -> list[MicroBatch]:
+        """As in scoring, so that old and new logprobs of a row come from equal passes."""
+        return micro_batches(
+            minibatch.sequences,
+            minibatch.attention_mask,
+            minibatch.response_mask.shape[1],
+            size=size,
+            by_tokens=self.micro_batch_tokens > 0,
+        )
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
         """`step`, returning the actor's and the critic's mean loss as DeepSpeed Chat does."""
@@ -251,7 +280,8 @@ class PPOTrainer:
         history: dict[str, list[float]] = defaultdict(list)
         epochs_done, skipped = 0.0, 0
         for epoch in range(self.config.epochs):
-            for index in self._order(len(experience), epoch).split(minibatch):
+            order = self._order(len(experience), epoch).to(experience.sequences.device)
+            for index in order.split(minibatch):
                 metrics = self._minibatch(experience.rows(index), train_actor=train_actor)
                 if metrics is None:
                     skipped += 1
@@ -311,11 +341,10 @@ class PPOTrainer:
 
         def attempt(size: int) -> dict[str, Tensor]:
             totals: dict[str, Tensor] = {}
-            for index in torch.arange(len(experience)).split(size):
-                micro = experience.rows(index)
-                parts = self._value_backward(micro, tokens)
+            for micro in self.micro_batches(experience, size):
+                parts = self._value_backward(experience, tokens, micro)
                 if train_actor:
-                    loss, metrics = self._policy(self.engine.actor, micro, tokens)
+                    loss, metrics = self._policy(self.engine.actor, experience, tokens, micro)
                     self.faults.backward(self.engine.actor, loss)
                     parts |= {"policy/loss": loss.detach(), **metrics}
                 for key, value in parts.items():
@@ -363,44 +392,45 @@ class PPOTrainer:
         return applied
 
     def _policy(
-        self, actor: Any, micro: Experience, tokens: float
+        self, actor: Any, minibatch: Experience, tokens: float, micro: MicroBatch | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The policy loss of a micro-batch, as its share of the minibatch's mean."""
-        length = micro.response_mask.shape[1]
-        ids, mask, kept, _ = trim(micro.sequences, micro.attention_mask, length)
-        response_mask = micro.response_mask[:, :kept]
-        logits = response_logits(actor, ids, mask, kept)
-        temperature = self.generation.temperature
-        logprobs = f.token_logprobs(logits, ids[:, -kept:], temperature=temperature)
-        old_logprobs = micro.old_logprobs[:, :kept]
+        """The policy loss of a micro-batch, as its share of the minibatch's mean.
+
+        `micro` is one of the minibatch's, None all of it.
+        """
+        micro = micro or self.micro_batches(minibatch, 0)[0]
+        logprobs, entropy = self.engine.logprobs(
+            actor, micro, self.generation.temperature, entropy=True
+        )
+        old_logprobs = micro.of(minibatch.old_logprobs)
         weights = None
         if self.config.old_logprobs == "corrected":
             # Truncated importance sampling: the engine sampled from rollout_logprobs.
-            gap = old_logprobs - micro.rollout_logprobs[:, :kept]
+            gap = old_logprobs - micro.of(minibatch.rollout_logprobs)
             weights = gap.exp().clamp(max=self.config.importance_cap)
         loss, metrics = f.policy_loss(
             logprobs,
             old_logprobs,
-            micro.advantages[:, :kept],
-            response_mask,
+            micro.of(minibatch.advantages),
+            torch.ones_like(logprobs, dtype=torch.bool),
             clip_ratio=self.config.clip_ratio,
             dual_clip=self.config.dual_clip,
             importance_weights=weights,
             denominator=tokens,
         )
-        with torch.no_grad():
-            entropy = f.entropy(logits, temperature=temperature)
-            metrics["objective/entropy"] = f.masked_sum(entropy, response_mask) / tokens
+        metrics["objective/entropy"] = entropy.sum() / tokens
         return loss, metrics
 
-    def _value_backward(self, micro: Experience, tokens: float) -> dict[str, Tensor]:
-        length = micro.response_mask.shape[1]
-        ids, mask, kept, _ = trim(micro.sequences, micro.attention_mask, length)
+    def _value_backward(
+        self, minibatch: Experience, tokens: float, micro: MicroBatch | None = None
+    ) -> dict[str, Tensor]:
+        micro = micro or self.micro_batches(minibatch, 0)[0]
+        values = micro.before(self.engine.critic(micro.input_ids))
         loss, metrics = f.value_loss(
-            self.engine.values(ids, mask, kept),
-            micro.values[:, :kept],
-            micro.returns[:, :kept],
-            micro.response_mask[:, :kept],
+            values,
+            micro.of(minibatch.values),
+            micro.of(minibatch.returns),
+            torch.ones_like(values, dtype=torch.bool),
             value_clip=self.config.value_clip,
             denominator=tokens,
         )
@@ -415,8 +445,8 @@ class PPOTrainer:
         On the bare module: DeepSpeed allows no second way to call backward through its engine.
         """
         total = [torch.zeros_like(p, dtype=torch.float32) for p in probes]
-        for index in torch.arange(len(experience)).split(size):
-            loss, _ = self._policy(self.engine.actor.module, experience.rows(index), tokens)
+        for micro in self.micro_batches(experience, size):
+            loss, _ = self._policy(self.engine.actor.module, experience, tokens, micro)
             for sum_, grad in zip(total, torch.autograd.grad(loss, probes), strict=True):
                 sum_ += grad
         return total
@@ -436,6 +466,7 @@ class PPOTrainer:
             "iteration": self.iteration,
             "kl_coef": self.kl_coef,
             "micro_batch_size": self.micro_batch_size,
+            "micro_batch_tokens": self.micro_batch_tokens,
             "slots": self.generation.slots,
             "rollout": pending,
         }
@@ -452,6 +483,8 @@ class PPOTrainer:
         self._pending, self._resumed = None, state["rollout"]
         # Lowered since, by memory that ran out before a roll-back: it would run out again.
         self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])
+        if tokens := state.get("micro_batch_tokens", 0):  # 0 or absent: rows were counted
+            self.micro_batch_tokens = min(self.micro_batch_tokens, tokens)
         slots = min(self.generation.slots, state["slots"])
         self.generation = dataclasses.replace(self.generation, slots=slots)
 

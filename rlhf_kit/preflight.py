@@ -25,6 +25,8 @@ import torch
 from rlhf_kit import distributed, fingerprint
 from rlhf_kit.checkpoint import is_complete
 from rlhf_kit.config import require
+from rlhf_kit.hybrid_engine.shards import shards
+from rlhf_kit.hybrid_engine.tensor_parallel import require_hosts
 from rlhf_kit.hybrid_engine.training import start_deepspeed
 from rlhf_kit.models import resolve_model
 from rlhf_kit.pipeline import versions
@@ -66,7 +68,8 @@ def check(run: RunDirectory) -> None:
     start = time.monotonic()
     start_deepspeed()
     names = _models(run)
-    ranks: list[Rank] = distributed.gather_objects(_look_around(names))
+    together = run.config.actor_engine.generation_tp
+    ranks: list[Rank] = distributed.gather_objects(_look_around(names, together))
     main = ranks[0]
     for each in ranks:
         require(not each.problem, f"{each.name}: {each.problem}")
@@ -101,12 +104,16 @@ def _models(run: RunDirectory) -> dict[str, str]:
 # ---- one rank alone
 
 
-def _look_around(names: dict[str, str]) -> Rank:
+def _look_around(names: dict[str, str], together: int) -> Rank:
+    """`together` ranks of a host generate together."""
     models, problem = {}, ""
     device = "cpu"
     try:
         device = _device()
         models = {name: _model(name, model) for name, model in names.items()}
+        if together > 1:
+            require_hosts(together)
+            _require_splits(names["actor_model"], together)
     except (ValueError, OSError, RuntimeError) as error:
         problem = str(error)
     return Rank(
@@ -149,6 +156,17 @@ def _model(setting: str, name: str) -> str:
     digest = hashlib.sha256(config)
     digest.update(repr([(file.name, file.stat().st_size) for file in files]).encode())
     return digest.hexdigest()
+
+
+def _require_splits(name: str, ranks: int) -> None:
+    """Build the actor without its weights, to see whether they can be split; not for hub names."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = Path(resolve_model(name))
+    if directory.is_dir():
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+            shards(AutoModelForCausalLM.from_config(config), 0, ranks)
 
 
 def _free_memory() -> int:

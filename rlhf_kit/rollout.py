@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_kit import distributed
@@ -19,7 +18,8 @@ from rlhf_kit import functional as f
 from rlhf_kit.blending import epoch_order
 from rlhf_kit.config import PPOConfig, require
 from rlhf_kit.distributed import derive_seed
-from rlhf_kit.rlhf_engine import RLHFEngine, trim
+from rlhf_kit.micro_batches import MicroBatch, micro_batches
+from rlhf_kit.rlhf_engine import RLHFEngine
 from rlhf_kit.tokenization import collate_prompts, decode_response
 from rlhf_kit.training_state import State
 from rlhf_kit.types import Experience, PreferencePair, PromptBatch, Rollout
@@ -76,23 +76,6 @@ class PromptLoader:
         )
 
 
-def _by_micro_batch(
-    compute: Callable[[Tensor, Tensor, int], Tensor],
-    sequences: Tensor,
-    attention_mask: Tensor,
-    response_length: int,
-    size: int,
-) -> Tensor:
-    """`compute(ids, mask, r) -> [b, r]` over parts of `size` rows, padded back to [B, R]."""
-    parts = []
-    for start in range(0, sequences.shape[0], size):
-        ids, mask, kept, _ = trim(
-            sequences[start : start + size], attention_mask[start : start + size], response_length
-        )
-        parts.append(F.pad(compute(ids, mask, kept), (0, response_length - kept)))
-    return torch.cat(parts)
-
-
 class Opinions(NamedTuple):
     """What the four models say about a rollout."""
 
@@ -110,50 +93,51 @@ class Opinions(NamedTuple):
 def ask_models(
     rollout: Rollout, models: RLHFEngine, config: PPOConfig, *, temperature: float, size: int
 ) -> Opinions:
-    """Forward passes of all models over this rank's rows, `size` at once.
+    """One sweep of all models over this rank's rows, `size` rows (or tokens) at once.
 
-    The reward model takes all rows at once, unless `size` is less than the config's, because
-    memory had run out.
+    Every model reads the same micro-batches, those of the first epoch's minibatches to come. One
+    model is done with all before the next begins: adapters change hands once, and where memory is
+    short only one model need be on the device.
     """
-    response_length = rollout.response_ids.shape[1]
-    scored = (rollout.sequences, rollout.attention_mask, response_length)
+    rows, response_length = rollout.response_mask.shape
+    sequences, attention_mask = rollout.sequences, rollout.attention_mask
+    by_tokens = config.micro_batch_tokens > 0
+    minibatch = config.minibatch_size // distributed.world_size()
+    parts: list[MicroBatch] = []
+    for first in range(0, rows, minibatch):
+        place = slice(first, first + minibatch)
+        parts += micro_batches(
+            sequences[place],
+            attention_mask[place],
+            response_length,
+            size=size,
+            by_tokens=by_tokens,
+            first=first,
+        )
 
-    def logprobs_by(source: Callable[[Tensor, Tensor, int, float], Tensor]) -> Tensor:
-        return _by_micro_batch(lambda i, m, r: source(i, m, r, temperature), *scored, size)
+    def each(ask: Callable[[MicroBatch], Tensor]) -> Tensor:
+        """[B, R] of what `ask` says of each micro-batch's [N] response tokens."""
+        answers = torch.zeros(rows, response_length, device=sequences.device)
+        for micro in parts:
+            answers.view(-1).index_copy_(0, micro.slots, ask(micro))
+        return answers
+
+    def logprobs(model: Any) -> Tensor:
+        return each(lambda micro: models.logprobs(model, micro, temperature)[0])
 
     models.actor.eval()
     models.critic.eval()
-    parts = [rollout]
-    if size < config.micro_batch_size:
-        parts = [
-            _rows(rollout, slice(start, start + size))
-            for start in range(0, len(rollout.prompts), size)
-        ]
+    old_logprobs = rollout.logprobs
+    if config.old_logprobs != "rollout":
+        old_logprobs = logprobs(models.actor)
+    with models.ref() as ref:
+        ref_logprobs = logprobs(ref)
+    values = each(lambda micro: micro.before(models.critic(micro.input_ids)))
     return Opinions(
-        raw_score=torch.cat([models.score(part) for part in parts]),
-        old_logprobs=(
-            rollout.logprobs
-            if config.old_logprobs == "rollout"
-            else logprobs_by(models.actor_logprobs)
-        ),
-        ref_logprobs=logprobs_by(models.ref_logprobs),
-        values=_by_micro_batch(models.values, *scored, size),
-    )
-
-
-def _rows(rollout: Rollout, rows: slice) -> Rollout:
-    prompts = rollout.prompts
-    return Rollout(
-        PromptBatch(
-            prompts.input_ids[rows],
-            prompts.attention_mask[rows],
-            prompts.seeds[rows],
-            prompts.dialogues[rows],
-        ),
-        rollout.response_ids[rows],
-        rollout.response_mask[rows],
-        rollout.logprobs[rows],
-        rollout.ended[rows],
+        models.scores(rollout, parts, size=size, by_tokens=by_tokens),
+        old_logprobs,
+        ref_logprobs,
+        values,
     )
 
 
@@ -175,7 +159,11 @@ def make_experience(
     """
     mask = rollout.response_mask
     raw_score, old_logprobs, ref_logprobs, values = opinions or ask_models(
-        rollout, models, config, temperature=temperature, size=config.micro_batch_size
+        rollout,
+        models,
+        config,
+        temperature=temperature,
+        size=config.micro_batch_tokens or config.micro_batch_size,
     )
     score = f.shape_score(
         raw_score,

@@ -360,8 +360,10 @@ def _verify(path: Path, names: set[str]) -> None:
     digests = read_json(path / "export.json", SIZES["export.json"]).get("sha256")
     if not isinstance(digests, dict):
         raise ValueError(f"{path / 'export.json'} has no sha256 of the files; export it again")
+    inner = path / "adapter"
+    held = names | {f"adapter/{file.name}" for file in (inner.iterdir() if inner.is_dir() else ())}
     for name, digest in digests.items():
-        require(name in names, f"{path}: {_short(name)} is missing; export it again")
+        require(name in held, f"{path}: {_short(name)} is missing; export it again")
         require(
             sha256(path / name) == digest,
             f"{path}: {name} was changed after it was exported; export it again",

@@ -5,8 +5,10 @@ Shapes: D hidden size, L layers, V vocabulary: D = 32, L = 2, V about 300 everyw
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from rlhf_kit import distributed
 from rlhf_kit.checkpoint import export
 from rlhf_kit.config import RunConfig, preset
 from rlhf_kit.models import load_scorer, save_normalisation
@@ -44,6 +47,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.1},
     "gpt2": {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
+    "olmo2": {"intermediate_size": 48},
 }
 
 
@@ -215,3 +219,33 @@ def shared_data() -> Path:
     """Data beside the repository, where there is any; RLHF_KIT_SHARED_DATA names another place."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     return Path(os.environ.get("RLHF_KIT_SHARED_DATA", beside))
+
+
+def run_ranks(world: int, act: Callable[..., None], *arguments: Any, seconds: float = 280) -> None:
+    """`act(*arguments)` in `world` processes that are each other's ranks, on one thread each.
+
+    They are forked from one that has imported what takes long. `act` must be a module's own.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "rlhf_kit.preflight", "rlhf_kit.ppo"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [
+        context.Process(target=_as_rank, args=(rank, world, port, act, *arguments), daemon=True)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(seconds)
+    assert [process.exitcode for process in ranks] == [0] * world
+
+
+def _as_rank(rank: int, world: int, port: int, act: Callable[..., None], *arguments: Any) -> None:
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    act(*arguments)
+    distributed.barrier()

@@ -122,7 +122,7 @@ def test_adapters_are_merged_into_the_export_and_the_live_weights_stay(
     torch.testing.assert_close(
         loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4
     )
-    assert not list((tmp_path / "merged").glob("adapter*"))
+    assert not list((tmp_path / "merged").glob("adapter_*"))  # transformers would load it on top
 
 
 def test_a_merged_bf16_export_rounds_once_and_leaves_the_base_as_it_was(

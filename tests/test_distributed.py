@@ -18,7 +18,8 @@ import torch
 from conftest import copied, prompt_rows
 
 from rlhf_kit import distributed
-from rlhf_kit.config import DataConfig, RunConfig, preset
+from rlhf_kit.config import DataConfig, RunConfig, override, preset
+from rlhf_kit.hybrid_engine.partitions import gathered
 from rlhf_kit.ppo import PPOTrainer
 from rlhf_kit.rlhf_engine import RLHFEngine
 from rlhf_kit.rollout import PromptLoader
@@ -32,6 +33,11 @@ CASES: dict[str, dict[str, Any]] = {
         "critic_engine__zero_stage": 3,
         "ppo__mixture__kind": "coef",
         "ppo__mixture__ptx_coef": 0.1,
+    },
+    "zero3-tp2": {
+        "actor_engine__zero_stage": 3,
+        "actor_engine__generation_tp": 2,
+        "ppo__mixture__kind": "none",
     },
 }
 
@@ -104,9 +110,9 @@ def settings(actor: str, reward: str, case: str) -> RunConfig:
 
 def ppo(actor: str, reward: str, case: str) -> dict[str, Any]:
     """Two iterations; the metrics, and the weights of actor and critic."""
-    from rlhf_kit.checkpoint import _gathered
-
     args = settings(actor, reward, case)
+    if distributed.world_size() == 1:
+        args = override(args, actor_engine__generation_tp=1)
     tokenizer = load_tokenizer(actor)
     engine = RLHFEngine(
         actor_model_name_or_path=actor,
@@ -121,7 +127,7 @@ def ppo(actor: str, reward: str, case: str) -> dict[str, Any]:
     metrics = [trainer.step(trainer.generate_experience(prompts)) for prompts in loader]
     models = []
     for module in (engine.actor.module, engine.critic.module):
-        with _gathered(module):
+        with gathered(module.parameters()):
             models.append(copied(module))
     tokens = {name: phase["tokens"] for name, phase in trainer.phases.to_dict().items()}
     return {"metrics": metrics, "models": models, "tokens": tokens}

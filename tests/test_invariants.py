@@ -14,6 +14,7 @@ import torch
 
 from rlhf_kit import invariants
 from rlhf_kit.config import RunConfig
+from rlhf_kit.micro_batches import micro_batches
 from rlhf_kit.ppo import PPOTrainer
 from rlhf_kit.rlhf_engine import RLHFEngine
 from rlhf_kit.types import Experience, PromptBatch
@@ -95,18 +96,17 @@ def test_an_actor_that_is_not_its_ref_is_named(started: Callable[..., Started]):
     assert "5.00e-01" in found["KL is 0 while the actor equals the ref"]
 
 
-def test_positions_that_count_padding_are_caught(
+def test_padding_that_is_read_like_tokens_is_caught(
     started: Callable[..., Started], monkeypatch: pytest.MonkeyPatch
 ):
-    from rlhf_kit import models
+    from rlhf_kit import rlhf_engine
+
+    def careless(ids: torch.Tensor, mask: torch.Tensor, length: int, **how: Any) -> Any:
+        prompt = torch.arange(ids.shape[1]) < ids.shape[1] - length
+        return micro_batches(ids, mask | prompt, length, **how)
 
     trainer, experience = started()
-    # A rotary model only sees distances, so the fault must scale them with the padding.
-    monkeypatch.setattr(
-        models,
-        "position_ids",
-        lambda mask: torch.arange(mask.shape[1]).expand(mask.shape) * mask.shape[1],
-    )
+    monkeypatch.setattr(rlhf_engine, "micro_batches", careless)
     assert "largest difference" in failures(trainer, experience)["left padding changes nothing"]
 
 

@@ -17,10 +17,12 @@ BINS = [
     {"confidence": 0.6, "accuracy": 0.5, "low": 0.3, "high": 0.7, "count": 10},
     {"confidence": 0.8, "accuracy": None, "low": None, "high": None, "count": 0},
 ]
+BAND = [{"x": x, "mean": 0.5, "low": 0.5 - x, "high": 0.6} for x in (0.0, 0.2)]
 FIGURES = {
     "curves": lambda path: plots.plot_curves(ROWS, {"KL": ["objective/kl"]}, path),
     "frontier": lambda path: plots.plot_frontier([{"name": "SFT", "kl": -0.1, "reward": 1}], path),
     "overoptimisation": lambda path: plots.plot_overoptimisation(POINTS, path),
+    "bands": lambda path: plots.plot_bands({"free": {"live": BAND}}, path),
     "histogram": lambda path: plots.plot_histogram({"SFT": [1.0, 2.0, 2.0]}, path),
     "calibration": lambda path: plots.plot_calibration({"bins": BINS, "ece": 0.1}, path),
     "length": lambda path: plots.plot_length({"SFT": ([3, 4], [0.1, 0.2])}, path),
@@ -84,3 +86,19 @@ def test_a_histogram_counts_shares_and_skips_what_is_not_finite():
     assert sum(figure.axes[0].patches[0].get_data().values) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="at least one value"):
         plots.plot_histogram({"a": []})
+
+
+def test_bands_reach_from_the_low_to_the_high_end():
+    figure = plots.plot_bands({"one": {"live": BAND}, "two": {"live": BAND, "EMA": BAND}})
+    first, second = figure.axes
+    assert list(first.lines[0].get_ydata()) == [0.5, 0.5]
+    corners = first.collections[0].get_paths()[0].vertices
+    assert {(0.2, 0.3), (0.2, 0.6), (0.0, 0.5)} <= {(x, round(y, 9)) for x, y in corners}
+    assert len(second.lines) == 2 and second.get_title(loc="left") == "two"
+    with pytest.raises(ValueError, match="at least one panel"):
+        plots.plot_bands({})
+
+
+def test_the_axis_of_a_histogram_says_what_is_counted():
+    figure = plots.plot_histogram({"prompt": [3.0, 4.0]}, label="tokens", of="rows")
+    assert figure.axes[0].get_ylabel() == "share of rows"

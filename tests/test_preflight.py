@@ -64,7 +64,7 @@ def test_one_healthy_rank_passes_quickly_and_leaves_nothing(run: RunDirectory, c
 def test_what_is_wrong_with_one_rank_is_said_with_its_host(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ):
-    mine = preflight._look_around(preflight._models(run))
+    mine = preflight._look_around(preflight._models(run), 1)
     for fields, message in (
         ({"problem": "it is broken"}, "rank 1 on beta: it is broken"),
         (
@@ -80,6 +80,29 @@ def test_what_is_wrong_with_one_rank_is_said_with_its_host(
         with pytest.raises(ValueError) as caught:
             preflight.check(run)
         assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "message"),
+    [
+        ({}, 3, "rank 0 on .*: generation_tp is 3, which does not divide the number of ranks"),
+        ({}, 4, "rank 0 on .*: generation_tp is 4, which does not divide the 2 attention heads of"),
+        ({"kind": "olmo2"}, 2, "layers.0.self_attn.q_norm.weight, which can't be split over 2"),
+    ],
+)
+def test_an_actor_that_can_not_be_split_over_the_ranks_is_refused(
+    model: dict[str, Any],
+    ranks: int,
+    message: str,
+    run: RunDirectory,
+    model_dir: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    names = {"actor_model": model_dir(**model), "actor_engine__generation_tp": ranks}
+    config = preset("toy", reward_model=model_dir(), **names)
+    with pytest.raises(ValueError, match=message):
+        preflight.check(RunDirectory(run.path, config, 0.0))
 
 
 def test_two_ranks_on_one_gpu_are_found():

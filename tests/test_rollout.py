@@ -1,4 +1,4 @@
-"""From prompts to experience: the loader, the columns cut from micro-batches, and the samples.
+"""From prompts to experience: the loader, the sweep of the four models, and the samples.
 
 Shapes: B batch, P prompt, R response, T = P + R.
 """
@@ -18,7 +18,7 @@ from conftest import prompt_rows
 from rlhf_kit import distributed
 from rlhf_kit.config import RunConfig
 from rlhf_kit.ppo import PPOTrainer
-from rlhf_kit.rlhf_engine import RLHFEngine, trim
+from rlhf_kit.rlhf_engine import RLHFEngine
 from rlhf_kit.rollout import PromptLoader, make_experience, write_samples
 from rlhf_kit.types import Experience, PromptBatch
 
@@ -35,26 +35,11 @@ def experience(trainer: PPOTrainer, prompts: Callable[..., PromptBatch]) -> Expe
     return trainer.generate_experience(prompts())
 
 
-def test_trimming_cuts_columns_that_are_padding_in_every_row():
-    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0]]).bool()
-    ids = torch.arange(14).reshape(2, 7)
-    short, short_mask, kept, left = trim(ids, mask, 3)
-    assert (kept, left) == (2, 1)
-    assert short.tolist() == [[1, 2, 3, 4, 5], [8, 9, 10, 11, 12]]
-    assert torch.equal(short_mask, mask[:, 1:6])
-
-
-def test_trimming_keeps_what_is_full():
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    ids, _, kept, left = trim(torch.arange(10).reshape(2, 5), mask, 2)
-    assert ids.shape == (2, 5) and (kept, left) == (2, 0)
-
-
 def test_no_value_of_an_experience_depends_on_the_micro_batch(
     trainer: PPOTrainer, experience: Experience
 ):
-    for size in (1, 8):
-        config = dataclasses.replace(trainer.config, micro_batch_size=size, minibatch_size=8)
+    for changes in ({"micro_batch_size": 1}, {"micro_batch_size": 8}, {"micro_batch_tokens": 60}):
+        config = dataclasses.replace(trainer.config, minibatch_size=8, **changes)
         assert trainer.last_rollout is not None
         other, _ = make_experience(
             trainer.last_rollout, trainer.engine, config, kl_coef=0.2, temperature=1.0

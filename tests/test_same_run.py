@@ -6,9 +6,6 @@ stages: batches that no number of ranks divides, two epochs of PPO, the mixture 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import copied, prompt_rows
+from conftest import copied, prompt_rows, run_ranks
 
 from rlhf_kit import distributed, fingerprint, preflight
-from rlhf_kit.checkpoint import _gathered, export
+from rlhf_kit.checkpoint import export
 from rlhf_kit.config import (
     DataConfig,
     EngineConfig,
@@ -29,6 +26,7 @@ from rlhf_kit.config import (
     SFTConfig,
     preset,
 )
+from rlhf_kit.hybrid_engine.partitions import gathered
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.models import ValueModel, load_causal_lm, load_scorer
 from rlhf_kit.ppo import PPOTrainer
@@ -64,7 +62,7 @@ def sft(directory: str, stage: int) -> dict[str, Any]:
     trainer = SFTTrainer(engine, SFTConfig(micro_batch_size=2), pad_token_id=tokenizer.pad_token_id)
     metrics = [trainer.step(rows[start:end]) for start, end in ((0, 8), (8, 15), (15, 16))]
     metrics.append({"loss/eval": trainer.evaluate(rows[16:21])})
-    with _gathered(engine.module):
+    with gathered(engine.module.parameters()):
         return {"metrics": metrics, "weights": copied(engine.module)}
 
 
@@ -132,21 +130,18 @@ def ppo(directory: str, scorer: str, stage: int) -> dict[str, Any]:
     metrics = [trainer.step(trainer.generate_experience(prompts)) for prompts in loader]
     weights = {}
     assert engine.ema is not None
-    with _gathered(engine.actor.module):
+    with gathered(engine.actor.module.parameters()):
         weights |= {f"actor.{k}": v for k, v in copied(engine.actor.module).items()}
-    with _gathered(engine.critic.module):
+    with gathered(engine.critic.module.parameters()):
         weights |= {f"critic.{k}": v for k, v in copied(engine.critic.module).items()}
-    with engine.ema.swapped_in(), _gathered(engine.actor.module):
+    with engine.ema.swapped_in(), gathered(engine.actor.module.parameters()):
         weights |= {f"ema.{k}": v for k, v in copied(engine.actor.module).items()}
     return {"metrics": metrics, "weights": weights}
 
 
-def rank_of(rank: int, world: int, port: int, directory: str, scorer: str, output: Path) -> None:
-    """All that one of `world` processes does."""
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in variables.items()}
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    torch.set_num_threads(1)
+def one_rank(directory: str, scorer: str, output: Path) -> None:
+    """All that one process does."""
+    world = distributed.world_size()
     config = ppo_settings(directory, scorer, 0)
     preflight.check(RunDirectory(output / "run", config, time.monotonic()))
     train: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -159,9 +154,8 @@ def rank_of(rank: int, world: int, port: int, directory: str, scorer: str, outpu
         for training, stages in STAGES[world].items()
         for stage in stages
     }
-    if rank == 0:
+    if distributed.is_main_rank():
         torch.save(found, output / f"{world}.pt")
-    distributed.barrier()
 
 
 @pytest.fixture(scope="module")
@@ -170,21 +164,8 @@ def found(
 ) -> dict[int, dict[str, Any]]:
     """What each number of ranks found."""
     output = tmp_path_factory.mktemp("same_run")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "rlhf_kit.preflight", "rlhf_kit.ppo"])
     for world in WORLDS:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        arguments = (world, port, model_dir(), reward_dir, output)
-        ranks = [
-            context.Process(target=rank_of, args=(n, *arguments), daemon=True) for n in range(world)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(200)
-        assert [process.exitcode for process in ranks] == [0] * world
+        run_ranks(world, one_rank, model_dir(), reward_dir, output)
     return {world: torch.load(output / f"{world}.pt") for world in WORLDS}
 
 

@@ -223,7 +223,7 @@ def halves(case: dict[str, Any]) -> tuple[list[State], list[dict[str, float]]]:
 
     # Rolled back, after a backward pass without a step.
     trainer = straight.trainer
-    trainer._backward(trainer._batches(straight.rows[:4], 2), tokens=9.0)
+    trainer._backward(trainer._texts(straight.rows[:4], 2), tokens=9.0)
     straight.load_state(restored(middle))
     assert straight.train(HALF) == second
     return middle, second

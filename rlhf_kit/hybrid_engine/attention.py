@@ -27,6 +27,8 @@ from rlhf_kit.config import require
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
 
 NAME = "rlhf_kit_decode"
+STEP_NAME = "rlhf_kit_step"
+"""The attention of a decode step on a GPU: one operator a layer, `attend_step`."""
 
 _IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 """Keywords that layers pass on and that do not change the arithmetic."""
@@ -83,22 +85,30 @@ def check_length(model: Any, longest: int) -> None:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """K prompts, packed one after another, going into slots `first` and following."""
+    """K prompts, packed one after another, going into `slots`."""
 
     cache: KVCache
-    first: int
-    pad: Tensor
-    """[K, P] where each prompt's tokens stand in the packed row; any token behind its end."""
+    rows: int
+    """K."""
+    slots: slice | Tensor
+    """The slots: K neighbours, or their numbers [K]."""
+    pad: Tensor | None
+    """[K, P] where each prompt's tokens stand in the packed row; any token behind its end. None:
+    all prompts have the same length, and the packed row is [K, P] already."""
     unpad: Tensor
     """[M] where each packed token stands in the flattened [K, P]."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         # Padded on the right, a causal mask is all that real tokens need.
-        query, key, value = (x[0].transpose(0, 1)[self.pad] for x in (query, key, value))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        self.cache.write_prompts(layer, self.first, key, value)
-        out = attend_prompts(query, key, value, rule)
-        return out.transpose(1, 2).flatten(0, 1)[self.unpad]
+        query, key, value = (self._padded(x[0].transpose(0, 1)) for x in (query, key, value))
+        self.cache.write_prompts(layer, self.slots, key, value)
+        out = attend_prompts(query, key, value, rule).transpose(1, 2).flatten(0, 1)
+        return out if self.pad is None else out[self.unpad]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """[M, H, D] -> [K, H, P, D]."""
+        rows = x.unflatten(0, (self.rows, -1)) if self.pad is None else x[self.pad]
+        return rows.transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -179,8 +189,11 @@ def attend_tokens(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, rul
 
 
 @contextmanager
-def own_attention(model: nn.Module) -> Iterator[None]:
+def own_attention(model: nn.Module, implementation: str = NAME) -> Iterator[None]:
     """Let `model` attend through this module inside the block, with dropout off.
+
+    `implementation` is NAME, which takes a `PromptPlan` or `TokenPlan`, or STEP_NAME, which takes
+    the lengths [N] of the slots as `plan` and runs in layers that `attach` gave their cache.
 
     The attention implementation in its configs and the train/eval state of every module are what
     they were afterwards.
@@ -188,6 +201,7 @@ def own_attention(model: nn.Module) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(STEP_NAME, _step_attention)
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if _chooses(m)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     training = [module for module in model.modules() if module.training]
@@ -195,13 +209,100 @@ def own_attention(model: nn.Module) -> Iterator[None]:
         for module in training:
             module.training = False
         for config, _ in before:
-            config._attn_implementation = NAME
+            config._attn_implementation = implementation
         yield
     finally:
         for config, name in before:
             config._attn_implementation = name
         for module in training:
             module.training = True
+
+
+@contextmanager
+def attach(model: nn.Module, cache: KVCache) -> Iterator[None]:
+    """Inside, every attention module holds its layer's keys and values, for STEP_NAME.
+
+    As attributes, not by number: layers that differ in a number alone then share their compiled
+    code, which takes tensors as arguments and numbers as constants.
+    """
+    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+    for module in modules:
+        layer: Any = module
+        layer.kit_keys, layer.kit_values = cache.layers[layer.layer_idx]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.kit_keys, module.kit_values
+
+
+@torch.library.custom_op("rlhf_kit::attend_step", mutates_args=("keys", "values"))
+def attend_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """`kernels.attend` as one operator, so that it can be compiled around; on a CPU, in torch."""
+    if query.is_cuda:
+        from rlhf_kit.hybrid_engine import kernels
+
+        return kernels.attend(
+            query, key, value, keys, values, lengths, scale=scale, window=window, softcap=softcap
+        )
+    cache = KVCache(*keys.shape[::2])
+    cache.layers[0] = (keys, values)
+    plan = TokenPlan(cache, lengths, int(lengths.max()) + 1)
+    rule = Rule(scale, window or None, softcap or None)
+    return plan.attend(0, query[None], key[None], value[None], rule).contiguous()
+
+
+@attend_step.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    return query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+
+
+def _step_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    plan: Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """`_attention` for one token a slot; what a layer asks for was checked with its prompts."""
+    out = attend_step(
+        query[0],
+        key[0],
+        value[0],
+        module.kit_keys,
+        module.kit_values,
+        plan,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window or 0,
+        softcap or 0.0,
+    )
+    return out[None], None
 
 
 def _chooses(module: nn.Module) -> bool:

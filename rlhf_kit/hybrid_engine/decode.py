@@ -1,11 +1,14 @@
 """The generation loop: a KV-cached decoder over the live parameters of a transformers model.
 
 Shapes: B batch, P prompt, R response, V vocabulary, S slots, N rows being decoded (N <= S),
-M packed tokens.
+K prompts read at once, M packed tokens.
 
-Rows occupy the first N of S slots. A step decodes one token of each; rows that end leave, the
-rows behind them move up, and waiting prompts take the free slots. So a response costs its own
+A step decodes one token of each of the first N slots; rows that end leave, waiting prompts take
+their slots, and when none waits the last rows move into the gaps. So a response costs its own
 length, whatever the longest one in the batch.
+
+On a GPU the host never waits for the step it has just started: it looks at the slots as the step
+before left them, and refills them while the GPU works. A row that ended costs one step more.
 
 What a row samples depends on its prompt, its seed and the weights. Slots, order and padding
 change at most the rounding of a matrix product, as any change of batch size does.
@@ -13,8 +16,10 @@ change at most the rounding of a matrix product, as any change of batch size doe
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,13 +36,17 @@ from rlhf_kit.hybrid_engine.attention import (
     own_attention,
 )
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
-from rlhf_kit.hybrid_engine.sampling import draw, log_distribution, uniforms
+from rlhf_kit.hybrid_engine.merged_adapters import MergedAdapters
+from rlhf_kit.hybrid_engine.slots import ALIVE, LENGTH, TOKEN, Slots
+from rlhf_kit.hybrid_engine.step import Step
 from rlhf_kit.types import PromptBatch, Rollout
 
 PROMPT_TOKENS = 16384
 """Prompt tokens a forward pass, at most (a longer prompt goes alone)."""
 REFILL_SHARE = 4
 """Waiting prompts enter when a slot in this many is free: a forward pass has a fixed cost."""
+ROOM = 64
+"""A cache that is kept has a length that is a multiple of this: batches are not equally long."""
 
 
 class Token(NamedTuple):
@@ -87,15 +96,31 @@ class Decoder:
     Nothing is copied: every call reads the parameters as they are then. Every architecture
     that attends through transformers' attention interface works; another one is refused with a
     ValueError on its first prompt.
+
+    On a GPU cache, buffers and captured steps are kept from call to call, until `release`.
     """
 
     def __init__(
-        self, model: nn.Module, *, eos_token_ids: Sequence[int], pad_token_id: int
+        self,
+        model: nn.Module,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        captured: bool | None = None,
+        merge_adapters: bool = False,
     ) -> None:
+        """`captured` replays each step as a CUDA graph; None does so wherever there is a GPU.
+
+        `merge_adapters` decodes from a copy of the weights with LoRA added, made anew by every
+        call: fewer products a step, for a second copy of the adapted weights.
+        """
         self.model = _without_adapter_wrapper(model)
         self.pad_token_id = pad_token_id
         self.eos_token_ids = tuple(eos_token_ids)
+        self.captured = captured
+        self.merged = MergedAdapters(self.model) if merge_adapters else None
         self.last_stats: DecodeStats | None = None
+        self._kept: Step | None = None
         require(len(self.eos_token_ids) > 0, "name at least one EOS token id to stop at")
         check_model(self.model)
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -118,11 +143,13 @@ class Decoder:
         """
         begin = time.perf_counter()
         run = _Run(self, prompts, generation)
-        with own_attention(self.model):
-            while run.waiting or run.active:
+        merged = self.merged.refreshed() if self.merged is not None else nullcontext()
+        with own_attention(self.model), merged:
+            while run.waiting or run.occupied:
                 run.admit()
-                if run.active:
+                if run.occupied:
                     run.step()
+                run.retire()
         rollout = run.rollout()
         self.last_stats = run.stats(time.perf_counter() - begin)
         return rollout
@@ -138,119 +165,213 @@ class Decoder:
         ids = torch.as_tensor(input_ids, dtype=torch.long).reshape(1, -1)
         seeds = torch.tensor([seed], dtype=torch.long)
         prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), seeds, ((),))
-        return self._stream(_Run(self, prompts, generation))
+        return self._stream(_Run(self, prompts, generation, alone=True))
 
     def _stream(self, run: _Run) -> Iterator[Token]:
-        while run.waiting or run.active:
+        at = 0
+        while run.waiting or run.occupied:
             with torch.no_grad(), own_attention(self.model):
                 run.admit() if run.waiting else run.step()
-            at = run.produced[0] - 1
-            _check_finite(run.logprobs[0, at])
-            yield Token(int(run.response_ids[0, at]), float(run.logprobs[0, at]))
+                run.retire()
+            _check_finite(run.slots.logprobs[0, at])
+            yield Token(int(run.slots.response_ids[0, at]), float(run.slots.logprobs[0, at]))
+            at += 1
+
+    @property
+    def capture_seconds(self) -> float:
+        """Time that went into compiling and capturing the steps that are kept."""
+        return self._kept.capture_seconds if self._kept is not None else 0.0
+
+    def release(self) -> None:
+        """Free the KV cache, captured steps and merged weights; the next call makes them again."""
+        self._kept = None
+        if self.merged is not None:
+            self.merged.release()
+
+    def _step(self, rows: int, longest: int, generation: GenerationConfig) -> Step:
+        """A step with room for all of this: the one that was kept, or a new one."""
+        limit, slots = generation.max_new_tokens, min(generation.slots, max(1, rows))
+        device = self.model.get_input_embeddings().weight.device
+        captured = device.type == "cuda" if self.captured is None else self.captured
+        kept = self._kept
+        if kept is not None and captured:
+            fits = (
+                slots <= kept.cache.slots <= generation.slots
+                and kept.cache.max_len >= longest
+                and kept.slots.response_ids.shape[0] >= rows
+                and kept.slots.response_ids.shape[1] >= limit
+            )
+            if fits:
+                kept.check_addresses()
+                return kept
+        self._kept = kept = None
+        if captured:  # with room for batches a little longer than the first
+            longest = -(-longest // ROOM) * ROOM
+        step = Step(
+            self.model,
+            KVCache(slots, longest),
+            Slots(
+                slots,
+                rows,
+                limit,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=self.pad_token_id,
+                device=device,
+            ),
+            captured=captured,
+        )
+        if captured:
+            self._kept = step
+        return step
 
 
 class _Run:
     """One call's state. Tensors live on the device, the lists here mirror them on the host."""
 
     def __init__(
-        self, decoder: Decoder, prompts: PromptBatch, generation: GenerationConfig
+        self,
+        decoder: Decoder,
+        prompts: PromptBatch,
+        generation: GenerationConfig,
+        *,
+        alone: bool = False,
     ) -> None:
+        """`alone`: share nothing with the decoder's other calls, and capture nothing."""
         self.model = decoder.model
-        self.pad_token_id = decoder.pad_token_id
         self.prompts = prompts
         self.generation = generation
-        device = self.model.get_input_embeddings().weight.device
-
         mask = prompts.attention_mask.bool()
         self.prompt_len: list[int] = mask.sum(dim=1).tolist()
         require(min(self.prompt_len, default=1) > 0, "a prompt of the batch has no tokens")
-        longest = max(self.prompt_len, default=0) + generation.max_new_tokens
+        rows, limit = len(prompts), generation.max_new_tokens
+        longest = max(self.prompt_len, default=0) + limit
         check_length(self.model, longest)
+        if alone:
+            decoder = Decoder(
+                decoder.model,
+                eos_token_ids=decoder.eos_token_ids,
+                pad_token_id=decoder.pad_token_id,
+                captured=False,
+            )
+        self.decode = decoder._step(rows, longest, generation)
+        self.cache, self.slots = self.decode.cache, self.decode.slots
+        device = self.slots.state.device
         self.packed = prompts.input_ids[mask].to(device)
         self.offsets = [0]
         for length in self.prompt_len:
             self.offsets.append(self.offsets[-1] + length)
-
-        rows, limit = len(prompts), generation.max_new_tokens
-        slots = min(generation.slots, max(1, rows))
-        self.cache = KVCache(slots, longest)
-        self.slot = torch.zeros(4, slots, dtype=torch.long, device=device)
-        """Per slot: the token to feed, the tokens in the cache, the row, the response position."""
-        self.response_ids = torch.full((rows, limit), self.pad_token_id, device=device)
-        self.logprobs = torch.zeros(rows, limit, device=device)
-        self.eos = torch.tensor(decoder.eos_token_ids, device=device)
-        self.uniform: Tensor | None = None
-        if generation.temperature > 0:
-            seeds = prompts.seeds.to(device)
-            self.uniform = uniforms(seeds, torch.arange(limit, device=device))
+        self.slots.begin(prompts.seeds.to(device))
 
         # Rows of like length share a pass over prompts and, later, the span of a step.
         self.waiting = sorted(range(rows), key=lambda row: self.prompt_len[row])
-        self.active: list[int] = []
-        self.produced = [0] * rows
-        self.ended = [False] * rows
+        self.row: list[int | None] = [None] * min(self.cache.slots, max(1, rows))
+        """The row of the batch in each slot; None in a free one."""
+        self.since = [0] * len(self.row)
+        """The first step of a slot's row in it: what was seen before was of another row."""
+        self.entered = [0] * rows
+        """The first step that decodes a row."""
+        self.occupied = 0
+        self.seen = _Seen(self.slots.state, lag=self.decode.captured)
         self.prompt_passes = self.steps = self.row_steps = 0
         self.prompt_seconds = 0.0
 
     def admit(self) -> None:
         """Take waiting prompts into the free slots, longest first, once enough are free."""
-        free = self.cache.slots - len(self.active)
-        if not self.waiting or (self.active and free < max(1, self.cache.slots // REFILL_SHARE)):
+        free = len(self.row) - self.occupied
+        if not self.waiting or (self.occupied and free < max(1, len(self.row) // REFILL_SHARE)):
             return
         begin = time.perf_counter()
-        while self.waiting and len(self.active) < self.cache.slots:
+        gaps = [slot for slot, row in enumerate(self.row) if row is None]
+        while self.waiting and gaps:
             rows: list[int] = []
             tokens = 0
-            while self.waiting and len(self.active) + len(rows) < self.cache.slots:
+            while self.waiting and len(rows) < len(gaps):
                 tokens += self.prompt_len[self.waiting[-1]]
                 if rows and tokens > PROMPT_TOKENS:
                     break
                 rows.append(self.waiting.pop())
-            self._read_prompts(rows)
+            self._read_prompts(rows, gaps[: len(rows)])
+            del gaps[: len(rows)]
         self.prompt_seconds += time.perf_counter() - begin
+        if not self.seen.lag:
+            self.retire()  # an EOS may be the first token
 
     def step(self) -> None:
-        """Decode one token of every active row."""
-        n = len(self.active)
-        token, length = self.slot[0, :n], self.slot[1, :n]
-        span = 1 + max(self.prompt_len[row] + self.produced[row] - 1 for row in self.active)
-        logits = self._forward(token, length, TokenPlan(self.cache, length, span))
-        length += 1
+        """Decode one token of every occupied slot, and of the gaps between them."""
+        n = 1 + max(slot for slot, row in enumerate(self.row) if row is not None)
+        if self.decode.captured:
+            self.decode(n, self.generation)
+        else:
+            span = self._span(row for row in self.row[:n] if row is not None)
+            token, length = self.slots.state[TOKEN, :n], self.slots.state[LENGTH, :n]
+            logits = self._forward(token, length, TokenPlan(self.cache, length, span))
+            self.slots.sample(logits, self.slots.order[:n], self.generation)
         self.steps += 1
-        self.row_steps += n
-        self._sample(logits, 0)
+        self.row_steps += self.occupied
+        self.seen.note(self.steps)
+
+    def retire(self) -> None:
+        """Free the slots of rows that were seen to have ended; move rows into the gaps."""
+        step, alive = self.seen.look()
+        for slot, row in enumerate(self.row):
+            if row is not None and step >= self.since[slot] and not alive[slot]:
+                self.row[slot] = None
+                self.occupied -= 1
+        last = 1 + max((slot for slot, row in enumerate(self.row) if row is not None), default=-1)
+        refilled_soon = self.waiting and self.decode.captured
+        if not refilled_soon and self.decode.rows(self.occupied) < self.decode.rows(last):
+            self._close_gaps(last)
+
+    def _close_gaps(self, last: int) -> None:
+        """Move rows from the end of the first `last` slots into the gaps before them."""
+        into = [slot for slot in range(self.occupied) if self.row[slot] is None]
+        out = [slot for slot in range(self.occupied, last) if self.row[slot] is not None]
+        if not out:
+            return
+        span = self._span(row for slot in out if (row := self.row[slot]) is not None)
+        source, target = (torch.tensor(x, device=self.slots.state.device) for x in (out, into))
+        self.slots.move(source, target)
+        self.cache.move(source, target, span)
+        for i, j in zip(into, out, strict=True):
+            self.row[i], self.row[j] = self.row[j], None
+            self.since[i] = self.steps + 1
+
+    def _span(self, rows: Iterable[int]) -> int:
+        """At least the tokens that these rows have in the cache after the next step."""
+        return max(self.prompt_len[row] + self.steps + 1 - self.entered[row] for row in rows) + 1
 
     def rollout(self) -> Rollout:
         """The responses, cut to the longest, on the device of the prompts."""
-        home = self.prompts.input_ids.device
-        longest = max(self.produced, default=0)
-        lengths = torch.tensor(self.produced, dtype=torch.long, device=home)
-        logprobs = self.logprobs[:, :longest].to(home)
+        home, rows, slots = self.prompts.input_ids.device, len(self.prompts), self.slots
+        lengths = slots.produced[:rows].to(home)
+        longest = int(lengths.max()) if rows else 0
+        logprobs = slots.logprobs[:rows, :longest].to(home, copy=True)
         _check_finite(logprobs)
         return Rollout(
             prompts=self.prompts,
-            response_ids=self.response_ids[:, :longest].to(home),
+            response_ids=slots.response_ids[:rows, :longest].to(home, copy=True),
             response_mask=torch.arange(longest, device=home) < lengths[:, None],
             logprobs=logprobs,
-            ended=torch.tensor(self.ended, dtype=torch.bool, device=home),
+            ended=slots.ended[:rows].to(home).bool(),
         )
 
     def stats(self, seconds: float) -> DecodeStats:
         return DecodeStats(
             prompt_tokens=sum(self.prompt_len),
-            new_tokens=sum(self.produced),
+            new_tokens=int(self.slots.produced[: len(self.prompts)].sum()),
             prompt_passes=self.prompt_passes,
             steps=self.steps,
             row_steps=self.row_steps,
-            slots=self.cache.slots,
+            slots=len(self.row),
             cache_bytes=self.cache.nbytes(),
             prompt_seconds=self.prompt_seconds,
             seconds=seconds,
         )
 
-    def _read_prompts(self, rows: list[int]) -> None:
-        """Run the prompts of `rows` into the slots behind the active ones, and sample."""
-        first, device = len(self.active), self.packed.device
+    def _read_prompts(self, rows: list[int], slots: list[int]) -> None:
+        """Run the prompts of `rows` into `slots`, and sample the first token of each."""
+        device = self.packed.device
+        into = torch.tensor(slots, device=device)
         lengths = torch.tensor([self.prompt_len[row] for row in rows])
         begins = torch.tensor([self.offsets[row] for row in rows])
         ends = lengths.cumsum(0)
@@ -260,18 +381,25 @@ class _Run:
         pad = (ends - lengths)[:, None] + at.minimum(lengths[:, None] - 1)
         unpad = inside.flatten().nonzero()[:, 0]
         positions = at.expand_as(inside)[inside]
-        plan = PromptPlan(self.cache, first, pad.to(device), unpad.to(device))
+        neighbours = slots == list(range(slots[0], slots[0] + len(slots)))
+        plan = PromptPlan(
+            self.cache,
+            len(slots),
+            slice(slots[0], slots[0] + len(slots)) if neighbours else into,
+            None if inside.all() else pad.to(device),
+            unpad.to(device),
+        )
         logits = self._forward(
             self.packed[source], positions.to(device), plan, (ends - 1).to(device)
         )
         check_layers(self.model, self.cache)
-        slots = slice(first, first + len(rows))
-        self.slot[1, slots] = lengths.to(device)
-        self.slot[2, slots] = torch.tensor(rows, device=device)
-        self.slot[3, slots] = 0
-        self.active += rows
+        self.slots.fill(into, rows, lengths.tolist())
         self.prompt_passes += 1
-        self._sample(logits, first)
+        self.slots.sample(logits, into, self.generation)
+        for slot, row in zip(slots, rows, strict=True):
+            self.row[slot] = row
+            self.since[slot] = self.entered[row] = self.steps + 1
+        self.occupied += len(rows)
 
     def _forward(
         self,
@@ -291,53 +419,35 @@ class _Run:
         ).logits[0]
         return logits if keep is None or len(logits) == len(keep) else logits[keep]
 
-    def _sample(self, logits: Tensor, first: int) -> None:
-        """Sample for the slots from `first` on, write the tokens down, retire ended rows."""
-        n = len(self.active)
-        row, at = self.slot[2, first:n], self.slot[3, first:n]
-        config = self.generation
-        forbidden = None
-        if any(self.produced[r] < config.min_new_tokens for r in self.active[first:]):
-            forbidden = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            forbidden[:, self.eos] = (at < config.min_new_tokens)[:, None]
-        logprobs = log_distribution(
-            logits,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            forbidden=forbidden,
-        )
-        uniform = None if self.uniform is None else self.uniform[row, at]
-        token, logprob = draw(logprobs, uniform)
-        self.response_ids[row, at] = token
-        self.logprobs[row, at] = logprob
-        self.slot[0, first:n] = token
-        at += 1
-        for r in self.active[first:]:
-            self.produced[r] += 1
-        self._retire(first, (token[:, None] == self.eos).any(dim=1).tolist())
 
-    def _retire(self, first: int, is_eos: list[bool]) -> None:
-        """Free the slots of rows that ended; rows behind move into the gaps."""
-        gone = set()
-        for slot, ended in enumerate(is_eos, first):
-            row = self.active[slot]
-            if ended or self.produced[row] == self.generation.max_new_tokens:
-                self.ended[row] = ended
-                gone.add(slot)
-        if not gone:
-            return
-        left = len(self.active) - len(gone)
-        target = [slot for slot in range(left) if slot in gone]
-        source = [slot for slot in range(left, len(self.active)) if slot not in gone]
-        if target:
-            span = max(self.prompt_len[r] + self.produced[r] for r in self.active)
-            into, out = (torch.tensor(x, device=self.slot.device) for x in (target, source))
-            self.slot[:, into] = self.slot[:, out]
-            self.cache.move(out, into, span)
-            for i, j in zip(target, source, strict=True):
-                self.active[i] = self.active[j]
-        del self.active[left:]
+class _Seen:
+    """Which slots are alive: as they are, or with a `lag` of one step, without waiting for it."""
+
+    def __init__(self, state: Tensor, *, lag: bool) -> None:
+        self.state = state
+        self.step = 0
+        self.lag = lag
+        if lag:
+            self.copies = [torch.zeros(state.shape[1], dtype=torch.long).pin_memory()] * 2
+            self.copies[1] = self.copies[1].clone().pin_memory()
+            self.events = [torch.cuda.Event(), torch.cuda.Event()]
+
+    def note(self, step: int) -> None:
+        """Take down what step number `step`, just started, will leave."""
+        self.step = step
+        if self.lag:
+            self.copies[step % 2].copy_(self.state[ALIVE], non_blocking=True)
+            self.events[step % 2].record()
+
+    def look(self) -> tuple[float, list[int]]:
+        """A step, and 1 for each slot that was alive after it."""
+        if not self.lag:
+            return math.inf, self.state[ALIVE].tolist()
+        before = self.step - 1
+        if before < 1:
+            return 0, [1] * self.state.shape[1]
+        self.events[before % 2].synchronize()
+        return before, self.copies[before % 2].tolist()
 
 
 def _without_adapter_wrapper(model: Any) -> Any:

@@ -13,9 +13,9 @@ from torch import Tensor
 class KVCache:
     """Per layer, keys and values [S, Hkv, C, D]; a layer is allocated when it first writes.
 
-    Rows occupy slots 0 to N - 1 without gaps, each with a length of its own. The cache does not
-    know the lengths: whoever writes says where, whoever reads masks what lies behind. Memory is
-    zeroed, because what is masked still has to be a number.
+    Each slot has a length of its own. The cache does not know the lengths: whoever writes says
+    where, whoever reads masks what lies behind. Memory is zeroed, because what is masked still
+    has to be a number.
     """
 
     def __init__(self, slots: int, max_len: int) -> None:
@@ -23,10 +23,12 @@ class KVCache:
         self.max_len = max_len
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def write_prompts(self, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
-        """Store whole prompts [K, Hkv, P, D] in slots `first` to `first + K - 1`."""
+    def write_prompts(
+        self, layer: int, slots: slice | Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Store whole prompts [K, Hkv, P, D] in K `slots`; neighbours, a slice, are faster."""
         for block, new in zip(self._layer(layer, keys, values), (keys, values), strict=True):
-            block[first : first + new.shape[0], :, : new.shape[2]] = new
+            block[slots, :, : new.shape[2]] = new
 
     def write_tokens(self, layer: int, at: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store one token [N, Hkv, D] for each of the first N slots, at positions `at` [N]."""

@@ -6,6 +6,8 @@ other, so that what was saved under one stage and number of ranks is found under
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,36 @@ def shard(parameter: nn.Parameter) -> tuple[tuple[int, ...], int, int]:
     length = whole.ds_tensor.ds_numel
     start = min(length * distributed.rank(), whole.ds_numel)
     return tuple(whole.ds_shape), start, min(length, whole.ds_numel - start)
+
+
+def _is_whole(parameter: Any) -> bool:
+    return parameter.ds_status.name == "AVAILABLE"
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters on every rank, where ZeRO-3 has cut them into shards; all ranks call it.
+
+    Not for a forward: DeepSpeed's hooks may partition the parameters again behind its back.
+    """
+    apart = [p for p in parameters if hasattr(p, "ds_id") and not _is_whole(p)]
+    if not apart:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(apart):
+        yield
+
+
+def put_away(parameters: Iterable[nn.Parameter]) -> None:
+    """Leave only the shards of what ZeRO-3 holds whole: after a step, small parameters are.
+
+    Who writes to shards has to, before: a parameter that is whole is not gathered from them.
+    """
+    whole: list[Any] = [p for p in parameters if hasattr(p, "ds_id") and _is_whole(p)]
+    if whole:
+        whole[0].partition(param_list=whole, has_been_updated=False)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ forward over what the engine wrote gives the log-probabilities it must have seen
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 0.15}
 """Largest difference of logprobs between two ways to compute them, by dtype."""
 LONGEST = 64
 """Response tokens a prompt, at most: enough to see a fault and to measure a speed."""
+LONGEST_IN_SHARDS = 16
+"""Where plain generation has to gather every layer for every token, because no rank may hold all of
+them: ZeRO-3 with tensor-parallel generation."""
 REPEATS = 3
 """Calls of each, of which the first one warms up and the fastest counts."""
 
@@ -69,17 +72,19 @@ def self_test(engine: HybridEngine, prompts: PromptBatch, generation: Generation
     call it, each with prompts of its own. Raises SelfTestError on every rank where one finds a
     token, a length or a logprob that differs by more than rounding.
     """
+    in_shards = engine.parallel is not None and engine.config.zero_stage == 3
     greedy = GenerationConfig(
-        max_new_tokens=min(generation.max_new_tokens, LONGEST),
+        max_new_tokens=min(generation.max_new_tokens, LONGEST_IN_SHARDS if in_shards else LONGEST),
         temperature=0.0,
         slots=generation.slots,
     )
     prompts = prompts.to(engine.device)
     engine.eval()
     rollout, seconds = _timed(lambda length: engine.generate(prompts, _cut(greedy, length)), greedy)
-    with engine._whole_parameters():
-        with _plain_generation(engine) as generate:
-            plain, plain_seconds = _timed(lambda length: generate(prompts, length), greedy)
+    with contextlib.nullcontext() if in_shards else engine._whole_parameters():
+        with _plain_generation(engine, together=in_shards) as generate:
+            repeats = 1 if in_shards else REPEATS
+            plain, plain_seconds = _timed(lambda n: generate(prompts, n), greedy, repeats)
         module: Any = engine.module
         length = rollout.response_ids.shape[1]
         logits = response_logits(module, rollout.sequences, rollout.attention_mask, length)
@@ -104,10 +109,12 @@ def _cut(generation: GenerationConfig, length: int) -> GenerationConfig:
     return dataclasses.replace(generation, max_new_tokens=length)
 
 
-def _timed(generate: Any, generation: GenerationConfig) -> tuple[Any, float]:
+def _timed(
+    generate: Any, generation: GenerationConfig, repeats: int = REPEATS
+) -> tuple[Any, float]:
     """The result of a call, and the seconds of the fastest of some calls: others share the CPU."""
     result, fastest = None, math.inf
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         _synchronize()
         start = time.perf_counter()
         result = generate(generation.max_new_tokens)
@@ -121,9 +128,12 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-@contextmanager
-def _plain_generation(engine: HybridEngine) -> Iterator[Any]:
-    """transformers' `generate` on the same module; (prompts, length) -> ids [B, P + length]."""
+@contextlib.contextmanager
+def _plain_generation(engine: HybridEngine, *, together: bool) -> Iterator[Any]:
+    """transformers' `generate` on the same module; (prompts, length) -> ids [B, P + length].
+
+    `together`: ranks meet in every forward, so those that are done go on until all are.
+    """
     from transformers import GenerationConfig as PlainConfig
 
     module: Any = engine.module
@@ -133,6 +143,7 @@ def _plain_generation(engine: HybridEngine) -> Iterator[Any]:
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask.long(),
             max_new_tokens=length,
+            synced_gpus=together,
         )
 
     before = module.generation_config

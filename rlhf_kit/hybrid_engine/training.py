@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,16 +20,24 @@ from rlhf_kit.deepspeed_config import deepspeed_config
 from rlhf_kit.faults import end_in_one_sentence
 from rlhf_kit.functional import learning_rate_scale
 from rlhf_kit.hybrid_engine import gradients
+from rlhf_kit.hybrid_engine.parked import Parked
 from rlhf_kit.hybrid_engine.partitions import (
     Part,
     adam_state,
     optimizer_parts,
     publish_masters,
 )
+from rlhf_kit.hybrid_engine.weights_version import weights_changed
+from rlhf_kit.shared_base import Role
 from rlhf_kit.training_state import Fragment, State
 
 TIMEOUT_VARIABLE = "RLHF_KIT_RANK_TIMEOUT"
 """Minutes that a rank waits for another one in a collective before it ends, 30 unless set."""
+
+
+def rank_timeout() -> timedelta:
+    """How long a rank waits for another one in a collective."""
+    return timedelta(minutes=float(os.environ.get(TIMEOUT_VARIABLE, 30)))
 
 
 def start_deepspeed() -> None:
@@ -58,7 +68,7 @@ def start_deepspeed() -> None:
             torch.cuda.set_device(distributed.local_device())
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-            timeout=timedelta(minutes=float(os.environ.get(TIMEOUT_VARIABLE, 30))),
+            timeout=rank_timeout(),
             verbose=False,
         )
         end_in_one_sentence()
@@ -125,8 +135,8 @@ class TrainingEngine:
         self.steps_done = 0
         module.to(distributed.local_device())
         if config.gradient_checkpointing:
-            hf_model: Any = getattr(module, "scorer", module)
-            hf_model.gradient_checkpointing_enable(
+            any_module: Any = module
+            any_module.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         adamw = torch.optim.AdamW(
@@ -151,6 +161,8 @@ class TrainingEngine:
                 config, max_grad_norm=0.0 if self._plain else optimizer.max_grad_norm
             ),
         )
+        self._weights = Parked(self.held.parameters)
+        self._states = Parked(self._state_tensors)
 
     def _clip(self, *_: Any) -> None:
         self._grad_norm = float(
@@ -163,7 +175,13 @@ class TrainingEngine:
 
     @property
     def module(self) -> nn.Module:
-        """The plain module; its parameters are the trained ones (under ZeRO-3, shards)."""
+        """The plain module, whole (under ZeRO-3, of shards)."""
+        held = self.held
+        return held.whole if isinstance(held, Role) else held
+
+    @property
+    def held(self) -> nn.Module:
+        """What DeepSpeed holds, with all trained parameters: the module, or its own part of it."""
         return self.deepspeed.module
 
     @property
@@ -172,6 +190,7 @@ class TrainingEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, through DeepSpeed's hooks."""
+        self._weights.come()
         return self.deepspeed(*args, **kwargs)
 
     def train(self) -> None:
@@ -182,8 +201,10 @@ class TrainingEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, a share of the global minibatch's mean."""
-        # DeepSpeed averages gradients over ranks; our denominators already count all of them.
-        self.deepspeed.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+        held = self.held
+        with held.chosen() if isinstance(held, Role) else contextlib.nullcontext():
+            # DeepSpeed averages gradients over ranks; our denominators already count all of them.
+            self.deepspeed.backward(loss * distributed.world_size(), scale_wrt_gas=False)
 
     def gradients_finite(self) -> bool:
         """Whether this rank's part of what `backward` has added is free of NaN and infinity."""
@@ -207,11 +228,38 @@ class TrainingEngine:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self._states.come()
         self.deepspeed.step()
+        weights_changed(self.module)
         norm = float(self._grad_norm if self._plain else self.deepspeed.get_global_grad_norm())
         applied = math.isfinite(norm)
         self.steps_done += applied
         return StepInfo(learning_rate=rate, grad_norm=norm, applied=applied)
+
+    def leave(self, *, weights: bool = False) -> None:
+        """Give up the device's memory for the optimiser's states, and `weights`, while idle.
+
+        They come back by themselves when they are used. Between `step` and `backward` only. What
+        DeepSpeed keeps elsewhere already, or in shards (ZeRO-3's weights), stays where it is.
+        """
+        if not self.config.offload_optimizer:
+            self._states.leave()
+        if weights and self.config.zero_stage < 3:
+            self._weights.leave()
+
+    def come(self) -> None:
+        """Have on the device again all that `leave` has sent away."""
+        self._weights.come()
+        self._states.come()
+
+    def _state_tensors(self) -> Iterator[Tensor]:
+        """The fp32 masters, where they are not the weights themselves, and both moments."""
+        for part in self._parts():
+            if not self._plain:
+                yield part.master.detach()
+            for key, tensor in self._adamw.state.get(part.master, {}).items():
+                if key in MASTERS:
+                    yield tensor
 
     def state(self) -> State:
         """Trained weights in fp32, AdamW's moments and counts; all ranks must call it.
@@ -220,6 +268,7 @@ class TrainingEngine:
         Nor is anything else of DeepSpeed's: without loss scaling and with accumulation of our
         own, its counters only serve its log.
         """
+        self.come()
         state: State = {key: {} for key in MASTERS}
         steps: set[int] = set()
         for part in self._parts():
@@ -238,6 +287,7 @@ class TrainingEngine:
         Also in the middle of training: gradients of the weights that go are dropped. ValueError
         where it belongs to a model with other trained weights.
         """
+        self.come()
         parts = self._parts()
         saved = {name: tuple(stored.shape) for name, stored in state["weights"].items()}
         ours = {part.name: part.shape for part in parts}
@@ -254,6 +304,7 @@ class TrainingEngine:
                     tensor.copy_(state[key][part.name].read(part.start, part.length))
             adam_state(self._adamw, part.master)["step"].fill_(state["adam_steps"])
         publish_masters(self.optimizer)
+        weights_changed(self.module)
         self.steps_done = state["steps_done"]
 
     @property
@@ -261,7 +312,7 @@ class TrainingEngine:
         return self.optimizer if self._plain else self.optimizer.optimizer
 
     def _parts(self) -> list[Part]:
-        return optimizer_parts(self.module, self.optimizer)
+        return optimizer_parts(self.held, self.optimizer)
 
     def _masters(self, part: Part) -> dict[str, Tensor]:
         """[length] views of the fp32 weight and both moments of a part, by MASTERS."""

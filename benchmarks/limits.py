@@ -1,0 +1,191 @@
+"""What one decode step of OPT-1.3B can reach on this GPU, part by part, each in a CUDA graph.
+
+    python benchmarks/limits.py [--sweep]
+
+Matrix products through cuBLAS, attention (ours, and torch's at the exact length), sampling
+(ours, and unfused). `--sweep` also times other tile sizes of the attention kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from decode import copy_bandwidth
+from shapes import environment
+
+from rlhf_kit.hybrid_engine import kernels
+from rlhf_kit.hybrid_engine.slots import Slots
+
+HIDDEN, LAYERS, FFN, VOCABULARY = 2048, 24, 8192, 50272
+CONTEXT, CAPACITY = 384, 512
+SHAPES = {
+    "opt-1.3b": (32, 32, 64, 24),
+    "llama-3.2-1b": (32, 8, 64, 16),
+    "qwen2.5-1.5b": (12, 2, 128, 28),
+}
+"""Query heads, key/value heads, head size, layers."""
+
+
+def graph_ms(run: Callable[[], Any], repeats: int = 20) -> float:
+    """Median milliseconds of a replay."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[5:])
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02
+
+
+def products(batches: list[int]) -> dict[str, Any]:
+    layers = [
+        (
+            random(3 * HIDDEN, HIDDEN),
+            random(HIDDEN, HIDDEN),
+            random(FFN, HIDDEN),
+            random(HIDDEN, FFN),
+        )
+        for _ in range(LAYERS)
+    ]
+    head = random(VOCABULARY, HIDDEN)
+    nbytes = head.nbytes + sum(w.nbytes for layer in layers for w in layer)
+    found = {}
+    for batch in batches:
+        x = random(batch, HIDDEN)
+
+        def run(x: torch.Tensor = x) -> torch.Tensor:
+            for qkv, out, up, down in layers:
+                x = F.linear(F.linear(x, qkv)[:, :HIDDEN], out)
+                x = F.linear(F.linear(x, up), down)
+            return F.linear(x, head)
+
+        ms = graph_ms(run)
+        found[str(batch)] = {"ms": ms, "bytes_per_second": 1e3 * nbytes / ms}
+        print(f"products, batch {batch}: {ms:.3f} ms, {nbytes / ms / 1e6:,.0f} GB/s", flush=True)
+    return found
+
+
+def attention(name: str, batch: int, sweep: bool) -> dict[str, Any]:
+    heads, kv_heads, size, layers = SHAPES[name]
+    query, key, value = (
+        random(heads, batch, size),
+        random(kv_heads, batch, size),
+        random(kv_heads, batch, size),
+    )
+    caches = [
+        (random(batch, kv_heads, CAPACITY, size), random(batch, kv_heads, CAPACITY, size))
+        for _ in range(layers)
+    ]
+    lengths = torch.full((batch,), CONTEXT, device="cuda")
+    nbytes = layers * 2 * batch * kv_heads * CONTEXT * size * 2
+
+    def ours(splits: int = 0) -> None:
+        for keys, values in caches:
+            kernels.attend(query, key, value, keys, values, lengths, scale=0.1, splits=splits)
+
+    def sdpa() -> None:
+        q = query.transpose(0, 1)[:, :, None]
+        for keys, values in caches:
+            F.scaled_dot_product_attention(
+                q, keys[:, :, :CONTEXT], values[:, :, :CONTEXT], enable_gqa=heads != kv_heads
+            )
+
+    found: dict[str, Any] = {"ours_ms": graph_ms(ours), "sdpa_ms": graph_ms(sdpa)}
+    found["ours_bytes_per_second"] = 1e3 * nbytes / found["ours_ms"]
+    line = f"attention {name}, batch {batch}: ours {found['ours_ms']:.3f} ms, "
+    print(
+        f"{line}{found['ours_bytes_per_second'] / 1e9:,.0f} GB/s; sdpa {found['sdpa_ms']:.3f}",
+        flush=True,
+    )
+    if sweep:
+        before, rows = kernels.tiles, []
+        few = max(1, 512 // (batch * kv_heads))
+        for block, warps, stages, splits in itertools.product(
+            (32, 64, 128), (2, 4, 8), (2, 4), sorted({few, 2 * few, 4 * few})
+        ):
+            if batch * kv_heads * splits > 10000 or splits > CAPACITY // 16:
+                continue
+            kernels.tiles = lambda *_, tile=(block, warps, stages): tile
+            try:
+                ms = graph_ms(lambda splits=splits: ours(splits), 10)
+            except Exception as error:  # a tile too large for this GPU
+                print(type(error).__name__, block, warps, stages)
+                continue
+            rows.append((ms, block, warps, stages, splits))
+        kernels.tiles = before
+        found["sweep"] = sorted(rows)[:8]
+        print(
+            "  best (ms, block, warps, stages, splits):", *sorted(rows)[:5], sep="\n   ", flush=True
+        )
+    return found
+
+
+def sampling(batch: int) -> dict[str, float]:
+    slots = Slots(batch, batch, 8, eos_token_ids=[2], pad_token_id=1, device=torch.device("cuda"))
+    slots.begin(torch.arange(batch, device="cuda"))
+    slots.fill(slots.order, list(range(batch)), [4] * batch)
+    logits = 100 * random(batch, VOCABULARY)
+
+    def ours() -> None:
+        kernels.sample(
+            logits, slots.order, slots.state, slots.uniform, slots.eos,
+            temperature=1.0, min_new_tokens=0,
+        )  # fmt: skip
+
+    def unfused() -> None:
+        logprobs = logits.float().log_softmax(-1)
+        noise = -torch.log(torch.empty_like(logprobs).exponential_())
+        logprobs.gather(-1, (logprobs + noise).argmax(-1, keepdim=True))
+
+    found = {"ours_ms": graph_ms(ours), "unfused_ms": graph_ms(unfused)}
+    print(f"sampling, batch {batch}: {found}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 256])
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/limits.json"))
+    args = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    a, b = random(8192, 8192), random(8192, 8192)
+    flops = 2 * 8192**3 / (graph_ms(lambda: a @ b) / 1e3)
+    print(f"copy {bandwidth / 1e9:,.0f} GB/s, products {flops / 1e12:,.0f} TFLOP/s", flush=True)
+    results = {
+        **environment(),
+        "copy_bytes_per_second": bandwidth,
+        "flops": flops,
+        "products": products(args.batches),
+        "attention": {
+            name: {str(b): attention(name, b, args.sweep and b != 64) for b in args.batches}
+            for name in SHAPES
+        },
+        "sampling": {str(b): sampling(b) for b in args.batches},
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

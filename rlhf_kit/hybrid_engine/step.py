@@ -1,0 +1,129 @@
+"""One decode step of the first N slots: the live model, a sampled token a row, and on.
+
+Shapes: N rows, H hidden, V vocabulary.
+
+Three ways to run it, the same arithmetic up to rounding:
+- `eager`: every operation on its own, through the model's own Python;
+- compiled layers: what stands between two matrix products becomes one kernel. One layer is
+  compiled, not the model, because layers that differ only in their weights share the code;
+- captured: the whole step is a CUDA graph, which the host starts with one call.
+
+The model's own forward does the work in all three, over the parameters as they are: a graph
+stays valid when an optimiser writes new values into them, and is made anew where they moved.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_kit.chat_template import first_line
+from rlhf_kit.config import GenerationConfig
+from rlhf_kit.distributed import print_main
+from rlhf_kit.hybrid_engine.attention import STEP_NAME, attach, own_attention
+from rlhf_kit.hybrid_engine.compiled_layers import compiled_layers
+from rlhf_kit.hybrid_engine.kv_cache import KVCache
+from rlhf_kit.hybrid_engine.slots import LENGTH, TOKEN, Slots
+
+BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Numbers of rows that graphs are captured for; fewer rows run in the next larger one."""
+
+
+class Step:
+    """The step over one cache and one set of slots; on a GPU captured by number of rows."""
+
+    def __init__(self, model: Any, cache: KVCache, slots: Slots, *, captured: bool) -> None:
+        self.model = model
+        self.cache = cache
+        self.slots = slots
+        self.captured = captured
+        self.compiled = captured
+        self.capture_seconds = 0.0
+        self._graphs: dict[tuple[int, GenerationConfig], torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._addresses = _addresses(model)
+
+    def rows(self, n: int) -> int:
+        """Rows that are computed for n of them."""
+        if not self.captured:
+            return n
+        return min(next((b for b in BUCKETS if b >= n), n), self.cache.slots)
+
+    def check_addresses(self) -> None:
+        """Drop the graphs where a parameter has moved since they were made."""
+        now = _addresses(self.model)
+        if now != self._addresses:
+            self._graphs.clear()
+            self._pool = None  # it ends with the last graph in it
+            self._addresses = now
+
+    def __call__(self, n: int, config: GenerationConfig) -> None:
+        """Decode and sample one token of each of the first n slots, `rows(n)` of them in fact."""
+        if not self.captured:
+            self._run(n, config)
+            return
+        n = self.rows(n)
+        key = (n, config)
+        if key not in self._graphs:
+            begin = time.perf_counter()
+            self._graphs[key] = self._capture(n, config)
+            self.capture_seconds += time.perf_counter() - begin
+        self._graphs[key].replay()
+
+    def _run(self, n: int, config: GenerationConfig) -> None:
+        self.slots.sample(self._logits(n), self.slots.order[:n], config)
+
+    def _logits(self, n: int) -> Tensor:
+        """[N, V] logits of the tokens that follow; their keys and values are in the cache after."""
+        token, length = self.slots.state[TOKEN, :n], self.slots.state[LENGTH, :n]
+        return self.model(
+            input_ids=token[None], position_ids=length[None], use_cache=False, plan=length
+        ).logits[0]
+
+    def _capture(self, n: int, config: GenerationConfig) -> torch.cuda.CUDAGraph:
+        """Run the model once, to compile and to warm up, and record the step.
+
+        Until slots advance, running it twice is running it once: a token is stored where it
+        stood. So the first run may take the live slots.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(own_attention(self.model, STEP_NAME))
+            stack.enter_context(attach(self.model, self.cache))
+            if self.compiled:
+                stack.enter_context(compiled_layers(self.model))
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                try:
+                    self._warm_up(n, config)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    print_main(
+                        f"the layers of {type(self.model).__name__} can't be compiled and run as "
+                        f"they are: {first_line(error)}"
+                    )
+                    self.compiled = False
+                    return self._capture(n, config)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, as NCCL's watchdog, may go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._run(n, config)
+            self._pool = graph.pool()
+        return graph
+
+    def _warm_up(self, n: int, config: GenerationConfig) -> None:
+        state = self.slots.state.clone()
+        produced, ended = self.slots.produced.clone(), self.slots.ended.clone()
+        self._run(n, config)
+        self.slots.state.copy_(state)
+        self.slots.produced.copy_(produced)
+        self.slots.ended.copy_(ended)
+
+
+def _addresses(model: nn.Module) -> tuple[int, ...]:
+    return tuple(parameter.data_ptr() for parameter in model.parameters())

@@ -1,0 +1,143 @@
+"""The decode step with compiled layers against the plain one, on every architecture.
+
+Compiled here by a backend that runs the traced operations one by one: what is rewritten, how
+often a layer is traced, and that numbers stay the same does not depend on the code that follows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from test_decode import CONFIGS, EOS, GROUPED, PAD, WINDOWS, prompts, tiny
+from torch import nn
+from torch._dynamo.utils import counters
+
+from rlhf_kit.config import EngineConfig, GenerationConfig, OptimizerConfig
+from rlhf_kit.hybrid_engine import compiled_layers as compiled
+from rlhf_kit.hybrid_engine.attention import STEP_NAME, attach, own_attention
+from rlhf_kit.hybrid_engine.decode import Decoder, _Run
+from rlhf_kit.hybrid_engine.step import Step
+from rlhf_kit.hybrid_engine.training import TrainingEngine
+
+ALL = {**CONFIGS, "gemma2": WINDOWS["gemma2"], "gemma3_text": WINDOWS["gemma3_text"]}
+
+
+@pytest.fixture(autouse=True)
+def _plain_backend(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(compiled, "_compiled_forwards", {})
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def step_after_prompts(model: Any, rows: int = 8) -> Step:
+    """A step whose slots hold the prompts and the first token of each response."""
+    decoder = Decoder(model, eos_token_ids=EOS, pad_token_id=PAD)
+    run = _Run(decoder, prompts(rows=rows), GenerationConfig(max_new_tokens=6, slots=rows))
+    with torch.no_grad(), own_attention(model):
+        run.admit()
+    return run.decode
+
+
+def logits(step: Step, rows: int, *, fast: bool) -> torch.Tensor:
+    with torch.no_grad(), own_attention(step.model, STEP_NAME), attach(step.model, step.cache):
+        if not fast:
+            return step._logits(rows)
+        with compiled.compiled_layers(step.model):
+            return step._logits(rows)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_layers_of_a_kind_share_one_trace_for_any_number_of_rows(kind: str) -> None:
+    step = step_after_prompts(tiny(kind, **ALL[kind]))
+    for rows in (8, 5, 3):
+        plain, fast = logits(step, rows, fast=False), logits(step, rows, fast=True)
+        assert torch.allclose(plain, fast, atol=1e-5), rows
+    kinds = 2 if kind in ("gemma2", "gemma3_text") else 1  # with and without a window
+    assert counters["stats"]["unique_graphs"] == kinds
+    assert "forward" not in vars(compiled.decoder_layers(step.model)[0])
+
+
+def test_lora_layers_share_one_trace_too() -> None:
+    model = tiny("llama", **GROUPED)
+    targets = peft.LoraConfig(r=2, target_modules="all-linear", exclude_modules=["lm_head"])
+    peft.inject_adapter_in_model(targets, model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    step = step_after_prompts(model)
+    for rows in (8, 3):
+        assert torch.allclose(
+            logits(step, rows, fast=False), logits(step, rows, fast=True), atol=1e-5
+        )
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def watched_operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operators of each traced layer after the rewrites, in order."""
+    seen: list[str] = []
+    join = compiled.join_linears
+
+    def joined(graph: torch.fx.GraphModule, names: Any) -> None:
+        join(graph, names)
+        seen.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+
+    monkeypatch.setattr(compiled, "join_linears", joined)
+    return seen
+
+
+def test_projections_are_joined_relu_is_fused_and_the_query_scale_is_folded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = watched_operators(monkeypatch)
+    logits(step_after_prompts(tiny("opt", **CONFIGS["opt"])), 4, fast=True)
+    assert seen.count("rlhf_kit.linears.default") == 1
+    assert seen.count("aten._addmm_activation.default") == 1
+    assert sum("linear" in name and "rlhf_kit" not in name for name in seen) == 2
+    assert not any("mul" in name or "relu" in name for name in seen)
+    seen.clear()
+    logits(step_after_prompts(tiny("llama", **GROUPED)), 4, fast=True)
+    assert seen.count("rlhf_kit.linears.default") == 2  # queries, keys, values; gate and up
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "qwen2"])
+def test_under_zero_the_joined_projections_are_one_product(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(kind, **CONFIGS[kind])
+    engine = TrainingEngine(model, EngineConfig(zero_stage=1), OptimizerConfig(), total_steps=1)
+    whole: list[bool] = []
+    adjoining = compiled._adjoining
+
+    def watched(parts: Any) -> Any:
+        found = adjoining(parts)
+        if parts[0].dim() == 2:
+            whole.append(found is not None)
+            if found is not None:
+                assert torch.equal(found, torch.cat(list(parts)))
+        return found
+
+    monkeypatch.setattr(compiled, "_adjoining", watched)
+    step = step_after_prompts(engine.module)
+    assert torch.allclose(logits(step, 5, fast=False), logits(step, 5, fast=True), atol=1e-5)
+    assert whole and all(whole)
+
+
+def test_weights_that_do_not_adjoin_give_the_same_columns() -> None:
+    chance = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, 8, generator=chance)
+    weights = [torch.randn(n, 8, generator=chance) for n in (6, 2, 4)]
+    biases = [torch.randn(n, generator=chance) for n in (6, 2, 4)]
+    expected = torch.cat([x @ w.T + b for w, b in zip(weights, biases, strict=True)], dim=-1)
+    assert torch.allclose(compiled.linears(x, weights, biases), expected, atol=1e-6)
+    block, row = torch.cat(weights), torch.cat(biases)
+    views, parts = list(block.split([6, 2, 4])), list(row.split([6, 2, 4]))
+    assert torch.allclose(compiled.linears(x, views, parts), expected, atol=1e-6)
+    assert torch.allclose(compiled.linears(x, views, biases), expected, atol=1e-6)
+    swapped = [views[1], views[0], views[2]]
+    assert compiled._adjoining(swapped) is None and compiled._adjoining(views) is not None
