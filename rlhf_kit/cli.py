@@ -1,4 +1,4 @@
-"""The command `rlhf-kit`: train, run, chat, app, report, data.
+"""The command `rlhf-kit`: train, run, launch, plan, chat, app, report, data.
 
 Nothing heavy is imported before it is needed. Wrong input is one sentence and exit code 2, a
 stage that fails is exit code 1, Ctrl-C is 130.
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_kit import __version__, data_command, launch_command, pipeline
-from rlhf_kit.config import PRESETS, require
+from rlhf_kit import __version__, data_command, launch_command, pipeline, plan_command, run_flags
+from rlhf_kit.config import require
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,25 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     train_ = command("train", train, "run all three stages and print the report")
-    train_.add_argument("--preset", choices=PRESETS, help="the settings to start from")
-    train_.add_argument("--actor-model", metavar="M", help="hub name or directory of the actor")
-    train_.add_argument("--reward-model", metavar="M", help="the reward model's base")
-    train_.add_argument(
-        "--data",
-        metavar="NAME[=WEIGHT]",
-        action="append",
-        default=[],
-        help="a data source; repeat it for a blend",
-    )
-    train_.add_argument("--seed", type=int, metavar="N", help="decides order, sampling and start")
-    train_.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        dest="settings",
-        help="any other setting, as in ppo.kl.coef=0.1; repeatable",
-    )
+    run_flags.add(train_)
     train_.add_argument(
         "--output-dir", metavar="DIR", type=Path, required=True, help="where the run is written"
     )
@@ -77,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     run_.add_argument("flags", nargs=argparse.REMAINDER, help="its parameters: --name value ...")
 
     launch_command.add(command)
+    plan_command.add(command)
 
     report_ = command("report", report, "build and print the report of a run again")
     report_.add_argument("run_dir", metavar="DIR", type=Path)
@@ -133,7 +116,7 @@ def train(arguments: argparse.Namespace) -> int:
     record = pipeline.open_run(
         directory,
         preset_name=arguments.preset,
-        changes=changes(arguments),
+        changes=run_flags.changes(arguments),
         resume=arguments.resume,
         command=shlex.join(["rlhf-kit", *sys.argv[1:]]),
     )
@@ -151,40 +134,6 @@ def train(arguments: argparse.Namespace) -> int:
 
 def _way_on(directory: Path) -> str:
     return f"go on with: rlhf-kit train --output-dir {directory} --resume"
-
-
-def changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says about a configuration, as `config.override` takes it."""
-    from rlhf_kit.parameters import yaml_value
-
-    values: dict[str, Any] = {
-        "actor_model": arguments.actor_model,
-        "reward_model": arguments.reward_model,
-        "seed": arguments.seed,
-    }
-    if arguments.data:
-        values["data__sources"] = [source(text) for text in arguments.data]
-    values = {name: value for name, value in values.items() if value is not None}
-    for setting in arguments.settings:
-        name, equals, text = setting.partition("=")
-        require(bool(name and equals), f"write --set name=value, not {setting!r}")
-        key, value = name.replace(".", "__"), yaml_value(text)
-        require(key not in values, f"{name} is set twice")
-        require(value is not None, f"--set {name} needs a value; null cannot be set here")
-        values[key] = value
-    return values
-
-
-def source(text: str) -> dict[str, Any]:
-    """`name[=weight]` as the fields of a SourceConfig."""
-    name, equals, weight = text.rpartition("=")
-    if not equals:
-        return {"name": text}
-    try:
-        return {"name": name, "weight": float(weight)}
-    except ValueError:
-        message = f"the weight of data source {name} must be a number, not {weight!r}"
-        raise ValueError(message) from None
 
 
 def run(arguments: argparse.Namespace) -> int:
