@@ -865,11 +865,10 @@ plot_bands(panels)
 # AVERAGE
 
 # %%
-spent = five["cost"]
-for name, value in spent["mixture, share of an iteration"].items():
-    print_main(f"{name:24} {told(value)} of an iteration")
-value = spent["average, share of an iteration"]["penalty-none"]
-print_main(f"{'one average':24} {told(value)} of an iteration")
+for part, value in five["cost"]["share"].items():
+    print_main(f"{part:8} {told(value)} of an iteration with neither")
+for part, count in five["cost"]["bytes"].items():
+    print_main(f"{part:26} {count / 1e6:6.1f} MB")
 
 # %% [markdown]
 # COST
