@@ -59,7 +59,8 @@ audit: $(STAMP) ## look up every locked package among the known vulnerabilities 
 		echo "error: the audit did not pass: a package has a known vulnerability, or the advisory service could not be asked about it (see above)" >&2; exit 1; }
 
 # One resolution, two files: requirements-cuda.lock has all of it; requirements.lock leaves out
-# what only CUDA builds of torch need, and has the CPU build of this machine's Python alone: beside
+# what only CUDA builds of torch need (not Triton, which the tests interpret), and has the CPU
+# build of this machine's Python alone: beside
 # it pip would prefer the index's builds, whose hashes it knows beforehand.
 lock: $(STAMP) ## resolve both locks anew, for Python 3.10 to 3.13
 	@echo "torch==$(TORCH)" > $(VENV)/constraints
@@ -73,7 +74,7 @@ lock: $(STAMP) ## resolve both locks anew, for Python 3.10 to 3.13
 	@{ echo "# Made by 'make lock', for CPU builds of torch. Python 3.10 to 3.13."; \
 		hash=$$(grep -oE '"sha256": "[0-9a-f]{64}"' $(VENV)/torch.json | cut -d'"' -f4); \
 		printf 'torch==$(TORCH)+cpu \\\n    --hash=sha256:%s\n' $$hash; \
-		awk '/^[a-z]/ { keep = !/^(nvidia|cuda|triton|torch)[-=]/ } keep' $(VENV)/resolved; \
+		awk '/^[a-z]/ { keep = !/^(nvidia|cuda|torch)[-=]/ } keep' $(VENV)/resolved; \
 	} > requirements.lock
 
 sz: ## count the lines of each file of the library

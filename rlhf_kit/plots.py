@@ -285,6 +285,44 @@ def plot_length(
     return figure
 
 
+def plot_bars(values: Mapping[str, float], path: PathLike = None, *, label: str) -> Figure:
+    """One horizontal bar a name, in the order given from the top, with its number."""
+    require(bool(values), f"bars of {label} need at least one value")
+    with _figure(7.0, 0.9 + 0.42 * len(values), path) as (figure, axes):
+        ax = axes[0, 0]
+        names = list(values)[::-1]
+        bars = ax.barh(names, [values[name] for name in names], color=COLOURS[0], height=0.6)
+        ax.bar_label(bars, [f"{values[name]:,.0f}" for name in names], padding=4, fontsize=9)
+        ax.set(xlabel=label)
+        ax.margins(x=0.14)
+    return figure
+
+
+def plot_step_times(decode: Mapping[str, Any], path: PathLike = None) -> Figure:
+    """Milliseconds of a decode step: transformers, ours, and the floor, a panel a model.
+
+    decode: what `benchmarks/decode.py` wrote.
+    """
+    models = decode["models"]
+    with _figure(3.4 * len(models), 3.2, path, 1, len(models)) as (figure, axes):
+        for ax, (name, cells) in zip(axes.flat, models.items(), strict=True):
+            batches = [batch for batch in cells if batch != "parity"]
+            peer, ours = (
+                [cells[batch][who]["decode_step_ms"] for batch in batches]
+                for who in ("transformers_static", "ours")
+            )
+            shares = [cells[batch]["ours"]["share_of_floor"] for batch in batches]
+            floor = [ms * share for ms, share in zip(ours, shares, strict=True)]
+            x = np.arange(len(batches))
+            looks = (("transformers", peer), ("ours", ours), ("floor", floor))
+            for number, (label, heights) in enumerate(looks):
+                ax.bar(x + 0.27 * (number - 1), heights, 0.25, label=label, color=COLOURS[number])
+            ax.set(title=name, xlabel="rows", ylabel="ms a step")
+            ax.set_xticks(x, batches)
+        _legend(axes[0, 0])
+    return figure
+
+
 def _cycle(items: Sequence[Any]) -> list[Any]:
     return list(items) * 8
 

@@ -25,6 +25,7 @@ SMOKE: dict[str, dict[str, Any]] = {
     "03_reward_model": {"rows": 256},
     "04_ppo": {"iterations": 6},
     "05_chat_and_compare": {"prompts": 16},
+    "06_hybrid_engine": {"rows": 12},
     "07_over_optimisation": {
         "pairs": 64,
         "iterations": 2,
@@ -42,6 +43,7 @@ SMOKE_SOLUTIONS: dict[str, dict[str, Any]] = {
     "03_reward_model": {"rows": 64, "tests": 64},
     "04_ppo": {"iterations": 2, "batch_size": 8},
     "05_chat_and_compare": {"prompts": 16},
+    "06_hybrid_engine": {"rows": 8},
     "07_over_optimisation": {
         "pairs": 16,
         "iterations": 1,
