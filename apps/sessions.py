@@ -45,6 +45,7 @@ class Sessions(StateHolder):
                 gone = next(scripts, unused[0])
                 del self.session_data[gone]
                 self.time_last_used.pop(gone, None)
+                self.blocks._queue.pending_messages_per_session.pop(gone, None)
 
     def __getitem__(self, session_id: str) -> SessionState:
         if session_id not in self.session_data:

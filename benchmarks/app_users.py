@@ -59,11 +59,12 @@ class Site:
         with self.http.stream("GET", f"/gradio_api{address}") as response:
             response.raise_for_status()
             for line in response.iter_lines():
-                if line and "heartbeat" not in line[:40]:
+                if "heartbeat" in line or line in ("", "data: null"):
+                    if time.monotonic() - last > PATIENCE:
+                        raise TimeoutError
+                else:
                     last = time.monotonic()
                     yield line
-                elif time.monotonic() - last > PATIENCE:
-                    raise TimeoutError
 
     def post(self, address: str, **body: Any) -> str:
         """The id of the event that this begins."""

@@ -72,8 +72,10 @@ def test_beyond_the_most_a_script_leaves_before_a_page_and_the_longest_unused_pa
     send(page, "newest page", "a")
     held = page.state_holder.session_data
     assert list(held) == ["old page", "page", "new page", "newest page"]
+    unread = page._queue.pending_messages_per_session
+    unread["old page"] = unread["page"] = asyncio.Queue()
     send(page, "page", "b")
     send(page, "last page", "a")
     assert list(held) == ["new page", "newest page", "page", "last page"]
     assert send(page, "page", "c")[2] == "a b c", "it kept its conversation"
-    assert page.state_holder.time_last_used.keys() == held.keys()
+    assert page.state_holder.time_last_used.keys() == held.keys() and [*unread] == ["page"]
