@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,7 +70,8 @@ class Answer:
     stop: threading.Event = field(default_factory=threading.Event)
     read: float = field(default_factory=time.monotonic)
     """When somebody last looked."""
-    prompt_ids: tuple[int, ...] = ()
+    prompt_ids: array[int] = field(default_factory=lambda: array("i"))
+    """Four bytes each: hundreds of answers are kept, each with its whole prompt."""
     dropped: int = 0
     ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)

@@ -22,7 +22,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from apps import api, chat_actions, chat_tab, compare_actions, compare_tab, progress_tab
+from apps import api, chat_actions, chat_tab, compare_actions, compare_tab, progress_tab, sessions
 from apps.markup import transcript
 from apps.memory import give_back_freed_memory
 from apps.page import QUIET, Labels, Page, choices, key_of
@@ -39,6 +39,12 @@ SHORTEST = 8
 """Characters of a password, at least: Gradio does not slow down who guesses."""
 WAITING = 64
 """Events that may wait; the next one is told that the queue is full."""
+NO_STATISTICS = {
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),
+}
+"""Gradio would remember the last 10,000 calls, monitoring or not, and make a data frame of them
+all after each: tens of megabytes of Arrow's memory, and ever more time."""
 HEADERS = (
     (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -204,8 +210,9 @@ def start(
 ) -> tuple[gr.Blocks, str]:
     """Serve the page; without `block`, return it with its address at once."""
     blocks = build(bench, language=language)
+    os.environ.update(NO_STATISTICS)  # read by the queue as it is made
     blocks.queue(max_size=WAITING, default_concurrency_limit=8, api_open=False)
-    _, address, public = blocks.launch(
+    app, address, public = blocks.launch(
         server_name=host,
         server_port=port,
         share=share,
@@ -233,6 +240,7 @@ def start(
         css_paths=STYLE,
         head=head(),
     )
+    sessions.hold(app, blocks)
     print(f"The app is at {address} (Ctrl-C ends it).", flush=True)
     if public:
         print(f"Anybody with the password reaches it at {public}.", flush=True)

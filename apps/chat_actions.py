@@ -62,7 +62,7 @@ class ChatActions:
         yield {
             **self.shown(rest[1], changed),
             self.tab.editor: gr.update(visible=False),
-            **self.keep(changed, browser, rest[0]),
+            **self.keep(rest[1], changed, browser, rest[0]),
         }
 
     def answer(
@@ -106,7 +106,7 @@ class ChatActions:
                         tab.status: status(event_line(language, event)),
                     }
             done = self.answered(language, asked, checkpoint, event)
-            kept = self.keep(done, browser, checkpoint)
+            kept = self.keep(language, done, browser, checkpoint)
             stopped = event is not None and event.reason == "stopped"
             yield {
                 **self.shown(language, done),
@@ -117,12 +117,13 @@ class ChatActions:
         except ValueError as error:
             yield {
                 **self.shown(language, before),
-                **self.remark(sentence(error), "error"),
+                **self.remark(sentence(language, error), "error"),
                 tab.message: asked["messages"][-1]["content"],
             }
         except GeneratorExit:
             if event is not None and event.text:
-                self.keep(self.answered(language, asked, checkpoint, event), browser, checkpoint)
+                done = self.answered(language, asked, checkpoint, event)
+                self.keep(language, done, browser, checkpoint)
             raise
 
     def answered(self, language: str, asked: Talk, checkpoint: str, event: Event | None) -> Talk:
@@ -147,7 +148,7 @@ class ChatActions:
             self.tab.message: messages[places[-1]]["content"],
             self.tab.editor: gr.update(visible=False),
             self.tab.status: "",
-            **self.keep(shorter, browser, checkpoint),
+            **self.keep(language, shorter, browser, checkpoint),
         }
 
     def new(self, browser: Any, language: str) -> Update:
@@ -196,7 +197,7 @@ class ChatActions:
                 max_new_tokens=values["max_new_tokens"],
             )
         except ValueError as error:
-            return {self.tab.prompt: status(sentence(error), "error")}
+            return {self.tab.prompt: status(sentence(language, error), "error")}
         return {self.tab.prompt: exact_prompt(language, prompt)}
 
     def download(self, browser: Any) -> str:
@@ -225,7 +226,7 @@ class ChatActions:
     def remark(self, text: str, kind: str = "") -> Update:
         return {self.tab.status: status(text, kind), self.page.announcement: text}
 
-    def keep(self, talk: Talk, browser: Any, checkpoint: str) -> Update:
+    def keep(self, language: str, talk: Talk, browser: Any, checkpoint: str) -> Update:
         """Save a conversation, with what a reload shows again; a sentence where that fails."""
         try:
             self.bench.history.save(
@@ -236,7 +237,7 @@ class ChatActions:
                 checkpoint=self.bench.checkpoints.get(checkpoint).name,
             )
         except ValueError as error:  # no reason to lose the answer
-            return self.remark(sentence(error), "error")
+            return self.remark(sentence(language, error), "error")
         return {}
 
     def restore(self, browser: Any) -> tuple[Talk, str | None]:

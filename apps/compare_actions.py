@@ -14,6 +14,7 @@ from apps.compare_tab import VERDICTS, CompareTab
 from apps.generation import Event
 from apps.markup import coloured, event_line, pane, pane_title, scores_line, status
 from apps.page import QUIET, STREAM, Page, sampling, sentence, session_of
+from apps.refusals import refusal
 from apps.text import label_of, say
 from apps.votes import Tally
 
@@ -112,7 +113,7 @@ class CompareActions:
                     yield {**update, tab.pair: pair, tab.status: ""}
             yield {**rest, tab.pair: {**pair, "finished": pair["events"] is not None}}
         except ValueError as error:
-            yield {**rest, **self.remark(sentence(error), "error"), tab.pair: None}
+            yield {**rest, **self.remark(sentence(language, error), "error"), tab.pair: None}
 
     def stop(self, request: gr.Request) -> None:
         for side in "ab":
@@ -126,7 +127,7 @@ class CompareActions:
         try:
             vote = self.bench.arena.vote(pair["comparison"], verdict, session=session_of(request))
         except ValueError as error:
-            return self.remark(sentence(error), "error")
+            return self.remark(sentence(language, error), "error")
         names = [label_of(language, vote.a), label_of(language, vote.b)]
         voted = {"verdict": vote.verdict, "names": names}
         text = say(
@@ -162,7 +163,7 @@ class CompareActions:
                 else:
                     update[side.answer] = pane(event.text)
             except ValueError as error:
-                update[side.scores] = status(sentence(error), "error")
+                update[side.scores] = status(sentence(language, error), "error")
         yield update
 
     # ---- parts of the tab
@@ -185,7 +186,9 @@ class CompareActions:
         for side, event, error in zip(self.tab.panes, events, errors, strict=True):
             update[side.answer] = pane(event.text)
             update[side.line] = (
-                status(error, "error") if error else status(event_line(language, event))
+                status(refusal(language, error), "error")
+                if error
+                else status(event_line(language, event))
             )
         return update
 
@@ -208,7 +211,7 @@ class CompareActions:
         try:
             tally = self.bench.arena.tally(first, second)
         except ValueError as error:
-            return status(sentence(error), "error")
+            return status(sentence(language, error), "error")
         names = {"a": self.name(language, first), "b": self.name(language, second)}
         return status(tally_line(language, tally, names))
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from array import array
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -285,7 +286,7 @@ class Generation:
             nonlocal interruption, room
             room = generation.max_new_tokens
             with answer.changed:
-                answer.prompt_ids, answer.dropped = tuple(ids), session.dropped
+                answer.prompt_ids, answer.dropped = array("i", ids), session.dropped
             with closing(loaded.decoder.stream(ids, generation, seed=seed)) as tokens:  # type: ignore[type-var]
                 while True:
                     with self.pool.turn():

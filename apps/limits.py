@@ -124,7 +124,8 @@ def check_text(limits: Limits, text: Any, what: str = "a message", of: str = "us
     require(
         len(text) <= most, f"{what} may have {most:,} characters, not {len(text):,}; shorten it"
     )
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if clean == text else clean  # a conversation's answers share its texts
 
 
 def check_session(session: Any) -> str:

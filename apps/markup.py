@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from apps.generation import Event, Prompt
+from apps.refusals import refusal
 from apps.scores import Scores, TokenScore
 from apps.text import say
 
@@ -135,7 +136,7 @@ def scores_line(language: str, scores: Scores) -> str:
         for key, value in facts.items()
         if value is not None
     )
-    notes = "".join(status(note) for note in scores.notes)
+    notes = "".join(status(refusal(language, note)) for note in scores.notes)
     return f'<dl class="facts">{items}</dl>{notes}'
 
 

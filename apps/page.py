@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from apps.checkpoints import Checkpoint
+from apps.refusals import refusal
 from apps.text import label_of, say
 from apps.workbench import Workbench
 
@@ -125,6 +126,6 @@ def key_of(browser: Any) -> str:
     return str(browser.get("key") or "") if isinstance(browser, dict) else ""
 
 
-def sentence(error: BaseException) -> str:
-    """An error for people: one sentence, no traceback."""
-    return str(error).strip() or type(error).__name__
+def sentence(language: str, error: BaseException) -> str:
+    """An error for people: one sentence in their language, no traceback."""
+    return refusal(language, str(error).strip() or type(error).__name__)

@@ -28,7 +28,9 @@ from rlhf_kit.distributed import local_device
 from rlhf_kit.trust import parameter_count
 
 MOST_MODELS = 4
-"""In memory at once: two of a comparison, SFT and the reward model."""
+"""In memory at once: two of a comparison, SFT and the reward model..."""
+SMALL = 1 << 30
+"""...and more, while all together take no more bytes than this."""
 HEADROOM = 1.2
 """Memory asked for a model, over the size of its weights: caches and activations need some."""
 RESERVE = 256 << 20
@@ -263,7 +265,8 @@ class ModelPool:
         while True:
             with self._changed:
                 free = self._free()
-                if len(self._models) < MOST_MODELS and size <= free:
+                total = size + sum(model.size for model in self._models.values())
+                if (len(self._models) < MOST_MODELS or total <= SMALL) and size <= free:
                     return tuple(gone)
                 idle = [model for model in self._models.values() if not model.leases]
                 if idle:

@@ -38,7 +38,10 @@ def build(page: Page) -> ProgressTab:
     with gr.Row(elem_classes="buttons"):
         read = labels(gr.Button(min_width=120, elem_id="read"), value="read")
         measure = labels(gr.Button(min_width=120, elem_id="measure"), value="measure")
-        stop = labels(gr.Button(variant="stop", interactive=False, min_width=90), value="stop")
+        stop = labels(
+            gr.Button(variant="stop", interactive=False, min_width=90, elem_id="measure-stop"),
+            value="stop",
+        )
     line = gr.HTML("", elem_id="progress-status", apply_default_css=False, js_on_load=None)
     charts = gr.HTML("", elem_id="charts", apply_default_css=False, js_on_load=None)
     return ProgressTab(read=read, measure=measure, stop=stop, status=line, charts=charts)
@@ -55,7 +58,7 @@ class ProgressActions:
         try:
             rows, distances = self.bench.progress.rows(), self.bench.progress.distances()
         except (ValueError, OSError) as error:
-            return {self.tab.status: status(sentence(error), "error")}
+            return {self.tab.status: status(sentence(language, error), "error")}
         return {self.tab.charts: overview(language, rows, distances)}
 
     def measure(self, request: gr.Request, language: str) -> Iterator[Update]:
@@ -67,6 +70,7 @@ class ProgressActions:
             tab.stop: gr.update(interactive=True),
             tab.status: status(say(language, "waiting")),
         }
+        done, of = 0, 1
         try:
             steps = self.bench.progress.measure(session=session_of(request), prompts=PROMPTS)
             with contextlib.closing(steps):
@@ -74,9 +78,9 @@ class ProgressActions:
                     line = say(language, "measuring", name=name, done=done, of=of)
                     yield {tab.status: status(line)}
         except ValueError as error:
-            yield {**resting, tab.status: status(sentence(error), "error")}
+            yield {**resting, tab.status: status(sentence(language, error), "error")}
             return
-        text = say(language, "measured")
+        text = say(language, "measured" if done == of else "stopped")
         yield {**resting, tab.status: status(text), self.page.announcement: text}
 
     def stop(self, request: gr.Request) -> None:

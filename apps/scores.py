@@ -138,7 +138,7 @@ class Scoring:
     @torch.no_grad()
     def _raw_score(self, answer: Answer, tokenizer: Any, logprobs: torch.Tensor) -> float:
         """The reward model's score of the answer to its dialogue, normalised as it was saved."""
-        ids = torch.tensor([answer.prompt_ids], device=self.pool.device)
+        ids = torch.tensor([[*answer.prompt_ids]], device=self.pool.device)
         response = torch.tensor([answer.ids], device=self.pool.device)
         rollout = Rollout(
             prompts=PromptBatch(

@@ -10,6 +10,7 @@ from apps.checkpoints import Checkpoints
 from apps.generation import Generation
 from apps.history import History
 from apps.limits import Limits
+from apps.memory import keep_collections_short
 from apps.pool import ModelPool
 from apps.progress import Progress
 from apps.scores import Scoring
@@ -45,6 +46,7 @@ class Workbench:
             # whoever chooses it hears what is wrong with it
             with contextlib.suppress(ValueError), self.pool.actor(self.checkpoints.default().id):
                 pass
+            keep_collections_short()
 
         threading.Thread(target=load, name="warm", daemon=True).start()
 

@@ -1,9 +1,15 @@
 """Does the app stand eight users at once? Errors, waiting, and memory over time.
 
-Starts the real app on a run directory in a process of its own and talks to it through its HTTP
-API, as Gradio's Python client does. Every user asks, reads the stream, thinks for a moment and
-asks again; one question in eight is given up in the middle, as by a closed page. At the end
-everybody has left and one more question has to be answered at once: the queue is not stuck.
+Starts the real app on a run directory in a process of its own and talks to it over HTTP. A third
+of the users are scripts (the API's `/call/chat`), a third chat in pages, a third compare in pages
+with scores and token colours, as the browser calls Gradio's queue. Every user asks, reads the
+stream, thinks for a moment and asks again; one question in eight is given up in the middle, as by
+a closed page; after three turns a page is left and another one opened. At the end everybody has
+left and one more question has to be answered at once: the queue is not stuck.
+
+Before the clock runs, as many pages are opened as the app remembers, so that memory is seen full.
+It is flat where the 95 % interval of its slope, over the last two thirds of the run, ends below
+one percent in ten minutes. The exit code is 1 after an error, a stuck answer or growth.
 
     python benchmarks/app_load.py RUN_DIR [--users 8] [--minutes 10]
 """
@@ -15,40 +21,33 @@ import contextlib
 import json
 import os
 import platform
-import random
+import re
 import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rlhf_kit import toy_world
+from app_users import Page, Seen, Site, User
+
 from rlhf_kit.pipeline import commit
 
 RESULT = Path(__file__).parent / "results" / "app_load.json"
-PATIENCE = 120.0
-"""Seconds without a new event after which an answer counts as stuck."""
-SAMPLE_SECONDS = 5.0
-
-
-@dataclass
-class Talk:
-    """What the users saw, over all of them; lists are appended to from many threads."""
-
-    first_token: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    events: list[int] = field(default_factory=list)
-    given_up: list[float] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    stuck: list[str] = field(default_factory=list)
+REMEMBERED = 256
+"""Pages and scripts that the app remembers: MOST in apps/sessions.py."""
+BLOCKS, STUDENT_8 = 10, 2.306
+"""Means that the slope is fitted to, and the 97.5 % quantile of Student's t for 8 degrees of
+freedom. Means of 40 s and more are independent of each other, single samples are not."""
+FLAT = 0.01
+"""Share of the memory that it may grow by in ten minutes."""
 
 
 @dataclass(frozen=True)
@@ -81,76 +80,10 @@ def server(run_dir: Path) -> Iterator[tuple[str, int]]:
         process.wait(30)
 
 
-def user(number: int, address: str, checkpoints: list[str], until: float, talk: Talk) -> None:
-    """Ask, read, think, ask again."""
-    from gradio_client import Client
-
-    rng = random.Random(number)
-    prompts = toy_world.prompts(200, seed=number, split="validation")
-    client = Client(address, verbose=False)
-    messages: list[dict[str, str]] = []
-    while time.monotonic() < until:
-        question = prompts[rng.randrange(len(prompts))]["prompt"][-1]
-        messages = [*messages, {"role": "user", "content": question["content"]}]
-        gives_up = rng.random() < 1 / 8
-        try:
-            text = ask(
-                client, rng.choice(checkpoints), messages, rng.randrange(1000), gives_up, talk
-            )
-        except TimeoutError:
-            talk.stuck.append(f"user {number}: no event for {PATIENCE:g} s")
-            text = ""
-        except Exception as error:  # whatever a user would see
-            talk.errors.append(f"{type(error).__name__}: {str(error)[:200]}")
-            text = ""
-        # three turns, then a new dialogue; an unanswered question is not kept
-        over = not text or len(messages) >= 5
-        messages = [] if over else [*messages, {"role": "assistant", "content": text}]
-        time.sleep(rng.random() / 2)
-    client.close()
-
-
-def ask(
-    client: Any,
-    checkpoint: str,
-    messages: list[dict[str, str]],
-    seed: int,
-    gives_up: bool,
-    talk: Talk,
-) -> str:
-    """One question: the answer, or "" where the user gave up in the middle."""
-    begin = time.monotonic()
-    first = None
-    events, last = 0, {}
-    job = client.submit(checkpoint, messages, "", 0.9, 0.95, 128, seed, api_name="/chat")
-    stuck = threading.Timer(PATIENCE, job.cancel)
-    stuck.start()
-    try:
-        for event in job:
-            events, last = events + 1, event
-            if first is None and event["tokens"]:
-                first = time.monotonic() - begin
-                if gives_up:
-                    job.cancel()
-                    talk.given_up.append(first)
-                    return ""
-    finally:
-        stuck.cancel()
-    if time.monotonic() - begin >= PATIENCE:
-        raise TimeoutError
-    if first is None or not last.get("reason"):
-        raise RuntimeError(f"the answer had no end: {job.exception() or last}")
-    talk.first_token.append(first)
-    talk.seconds.append(time.monotonic() - begin)
-    talk.tokens.append(last["tokens"])
-    talk.events.append(events)
-    return last["text"]
-
-
 def watch(pid: int, begin: float, until: float, samples: list[Sample]) -> None:
     while time.monotonic() < until:
         samples.append(look(pid, time.monotonic() - begin))
-        time.sleep(SAMPLE_SECONDS)
+        time.sleep(1)
 
 
 def look(pid: int, seconds: float) -> Sample:
@@ -161,14 +94,27 @@ def look(pid: int, seconds: float) -> Sample:
     return Sample(round(seconds, 1), round(rss, 1), int(values["Threads"]), files)
 
 
-def slope(samples: list[Sample]) -> float:
-    """MB a minute of the least-squares line through the second half."""
-    late = samples[len(samples) // 2 :]
-    if len(late) < 2:
-        return 0.0
-    return statistics.linear_regression(
-        [s.seconds / 60 for s in late], [s.rss_mb for s in late]
-    ).slope
+def growth(samples: Sequence[Sample]) -> dict[str, Any]:
+    """The least-squares slope of memory over the last two thirds, with its 95 % interval."""
+    late = samples[len(samples) // 3 :]
+    size = len(late) // BLOCKS
+    if size == 0:
+        raise SystemExit("the run is too short for a slope")
+    blocks = [late[i * size : (i + 1) * size] for i in range(BLOCKS)]
+    x = [statistics.fmean(s.seconds for s in block) / 600 for block in blocks]
+    y = [statistics.fmean(s.rss_mb for s in block) for block in blocks]
+    line = statistics.linear_regression(x, y)
+    spread = sum((b - line.slope * a - line.intercept) ** 2 for a, b in zip(x, y, strict=True))
+    middle = statistics.fmean(x)
+    error = (spread / (BLOCKS - 2) / sum((a - middle) ** 2 for a in x)) ** 0.5
+    high, mean = line.slope + STUDENT_8 * error, statistics.fmean(y)
+    return {
+        "from_second": late[0].seconds,
+        "mean_mb": round(mean, 1),
+        "mb_per_10_minutes": round(line.slope, 2),
+        "interval_95": [round(line.slope - STUDENT_8 * error, 2), round(high, 2)],
+        "is_flat": high < FLAT * mean,
+    }
 
 
 def quantiles(values: list[float]) -> dict[str, float | None]:
@@ -183,19 +129,19 @@ def quantiles(values: list[float]) -> dict[str, float | None]:
 
 
 def measure(run_dir: Path, users: int, seconds: float) -> dict[str, Any]:
-    from gradio_client import Client
-
-    talk, samples = Talk(), list[Sample]()
+    seen, samples = Seen(), list[Sample]()
+    question = [{"role": "user", "content": "Hi!"}], ("", 0.9, 0.95, 16, 0)
     with server(run_dir) as (address, pid):
-        client = Client(address, verbose=False)
-        checkpoints = [c["id"] for c in client.predict(api_name="/checkpoints") if c["complete"]]
-        for checkpoint in checkpoints:  # imports and first loads are no part of the question
-            ask(client, checkpoint, [{"role": "user", "content": "Hi!"}], 0, False, Talk())
+        site = Site(address)
+        for checkpoint in site.checkpoints:  # imports and first loads are no part of the question
+            list(site.ask(checkpoint, *question))
+        with ThreadPoolExecutor(users) as pool:
+            list(pool.map(lambda _: Page(site), range(REMEMBERED)))
         begin = time.monotonic()
         until = begin + seconds
         threads = [
-            threading.Thread(target=user, args=(n, address, checkpoints, until, talk))
-            for n in range(users)
+            threading.Thread(target=User(number, site, seen).run, args=(until,))
+            for number in range(users)
         ]
         threads.append(threading.Thread(target=watch, args=(pid, begin, until, samples)))
         for thread in threads:
@@ -203,32 +149,27 @@ def measure(run_dir: Path, users: int, seconds: float) -> dict[str, Any]:
         for thread in threads:
             thread.join()
         took = time.monotonic() - begin
-        after = Talk()
-        ask(client, checkpoints[-1], [{"role": "user", "content": "Hi!"}], 0, False, after)
-        samples.append(look(pid, time.monotonic() - begin))
-        client.close()
-    rss = [sample.rss_mb for sample in samples]
+        begin = time.monotonic()
+        list(site.ask(site.checkpoints[-1], *question))
+        last = time.monotonic() - begin
     return {
         "users": users,
         "seconds": round(took, 1),
-        "answers": len(talk.seconds),
-        "given_up": len(talk.given_up),
-        "errors": talk.errors,
-        "stuck": talk.stuck,
-        "first_token_seconds": quantiles(talk.first_token + talk.given_up),
-        "answer_seconds": quantiles(talk.seconds),
-        "tokens_per_second": round(sum(talk.tokens) / took, 1),
-        "events_per_answer": round(statistics.fmean(talk.events or [0]), 1),
-        "first_token_seconds_when_all_have_left": quantiles(after.first_token)["max"],
-        "rss_mb": {
-            "first": rss[0],
-            "last": rss[-1],
-            "peak": max(rss),
-            "slope_mb_per_minute": round(slope(samples), 2),
-        },
+        "answers": {kind: len(found) for kind, found in seen.seconds.items()},
+        "given_up": len(seen.given_up),
+        "errors": seen.errors,
+        "stuck": seen.stuck,
+        "first_token_seconds": quantiles(seen.first_token),
+        "answer_seconds": {kind: quantiles(found) for kind, found in seen.seconds.items()},
+        "tokens_per_second": round(sum(seen.tokens) / took, 1),
+        "answer_seconds_when_all_have_left": round(last, 3),
+        "memory": growth(samples),
         "threads": [min(s.threads for s in samples), max(s.threads for s in samples)],
         "open_files": [min(s.files for s in samples), max(s.files for s in samples)],
-        "samples": [vars(sample) for sample in samples],
+        "rss_mb_every_10_seconds": [
+            round(statistics.fmean(s.rss_mb for s in samples[i : i + 10]))
+            for i in range(0, len(samples), 10)
+        ],
     }
 
 
@@ -247,10 +188,12 @@ def main() -> int:
         "versions": {name: version(name) for name in ("gradio", "torch", "transformers")},
         **measure(arguments.run_dir, arguments.users, 60 * arguments.minutes),
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({k: v for k, v in result.items() if k != "samples"}, indent=2))
-    good = not result["errors"] and not result["stuck"]
-    return 0 if good else 1
+    text = json.dumps(result, indent=2)
+    # lists of numbers on one line each
+    text = re.sub(r"\[\s+([-\d.,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    arguments.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0 if result["memory"]["is_flat"] and not result["errors"] + result["stuck"] else 1
 
 
 if __name__ == "__main__":

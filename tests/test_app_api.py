@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("gradio", reason="the app's extra is not installed")
 
+import gradio as gr
 import httpx
 from app_runs import ask, write_run
 from gradio_client import Client
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from apps import chat
 from apps.limits import Limits
+from apps.sessions import Sessions
 from apps.workbench import Workbench
 
 TRAVERSAL = "../../../../../../../../etc/passwd"
@@ -36,10 +38,15 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
 
 
 @pytest.fixture(scope="module")
-def address(bench: Workbench) -> Iterator[str]:
+def server(bench: Workbench) -> Iterator[tuple[gr.Blocks, str]]:
     blocks, url = chat.start(bench, block=False)
-    yield url.rstrip("/")
+    yield blocks, url.rstrip("/")
     blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def address(server: tuple[gr.Blocks, str]) -> str:
+    return server[1]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +84,21 @@ def test_a_script_chats_as_the_page_does(bench: Workbench, client: Client):
     job = client.submit(id_of(bench), ask(), "", 1.0, 1.0, 8, 0, api_name="/chat")
     events = list(job)
     assert events[-1]["tokens"] <= 8 and events[-1]["reason"] in ("end", "length")
+
+
+def test_calls_leave_neither_statistics_nor_sessions_of_gradio_behind(
+    server: tuple[gr.Blocks, str], client: Client
+):
+    blocks, address = server
+    for _ in range(3):
+        client.predict(api_name="/checkpoints")
+    queue = blocks._queue
+    assert queue.events_recorded >= 3 and len(queue.event_analytics) <= 1
+    assert queue.cached_event_analytics_summary == {"functions": {}}, "no data frame was made"
+    assert blocks.app.state_holder is blocks.state_holder
+    assert isinstance(blocks.state_holder, Sessions)
+    assert client.session_hash in blocks.state_holder.session_data
+    assert httpx.get(f"{address}/monitoring", timeout=30).status_code == 403
 
 
 GOOD: dict[str, Any] = {

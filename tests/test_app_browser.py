@@ -26,7 +26,7 @@ pytest.importorskip("playwright", reason='browser tests need playwright: pip ins
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from apps import chat
+from apps import chat, progress_tab
 from apps.markup import coloured, pane, writing
 from apps.scores import TokenScore
 from apps.workbench import Workbench
@@ -500,6 +500,31 @@ def test_the_progress_page_draws_the_checkpoints_and_repeats_them_as_a_table(pag
     expect(page.get_by_role("region", name="Weights, pair by pair")).to_contain_text("ema – sft")
 
 
+def test_a_click_measures_every_checkpoint_on_held_out_prompts_until_it_is_stopped(
+    page: Page, gate: Gate, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(progress_tab, "PROMPTS", 1)
+    tab(page, "Progress")
+    line, stop = page.locator("#progress-status"), page.locator("#measure-stop")
+    gate.close()
+    press(page, "Measure on held-out prompts")
+    expect(line).to_contain_text(re.compile(r"Measuring base .*: 0 of 6"))
+    expect(page.locator("#measure")).to_be_disabled()
+    stop.click()
+    gate.open()
+    expect(line).to_have_text("Stopped.")
+    expect(stop).to_be_disabled()
+    until(lambda: not bench.generation.running(), "the answer went on")
+
+    press(page, "Measure on held-out prompts")
+    expect(line).to_have_text("Measured.")
+    rows = page.get_by_role("region", name="The same numbers as a table").locator("tbody tr")
+    expect(rows).to_have_count(6)
+    for row in rows.all():
+        expect(row).to_contain_text(re.compile(r"-?\d+\.\d\d, KL -?\d+\.\d\d"))
+    expect(page.locator("#charts figure").first).to_contain_text("measured here")
+
+
 def test_the_page_speaks_chinese_to_a_chinese_browser_and_on_request(
     browser: Browser, page: Page, url: str
 ):
@@ -509,6 +534,10 @@ def test_the_page_speaks_chinese_to_a_chinese_browser_and_on_request(
     page.locator("#message textarea").fill("你好")
     page.locator("#message textarea").press("Enter")
     expect(page.locator("#transcript .note")).to_contain_text("词元/秒")
+    page.locator("#message textarea").fill("长 " * 5_000)
+    page.locator("#message textarea").press("Enter")
+    expect(page.locator("#chat-status .error")).to_contain_text("消息连同模板共")
+    expect(page.locator("#transcript .note")).to_have_count(1)
     page.reload()
     ready(page)
     expect(page.get_by_role("tab", name="对比", exact=True)).to_be_visible()

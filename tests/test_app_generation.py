@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from apps.limits import Limits
 from apps.memory import OutOfMemory
 from apps.votes import PairEvent
 from apps.workbench import Workbench
-from rlhf_kit.chat import load_session
+from rlhf_kit.chat import load_model, load_session
 from rlhf_kit.config import GenerationConfig
 from rlhf_kit.hybrid_engine.decode import _Run
 
@@ -378,6 +380,47 @@ def test_models_that_do_not_fit_together_take_turns_and_say_so(
     assert end.a.tokens and end.b.tokens and end.errors == ("", "")
     assert end.a.note == "loaded" and end.b.note == "loaded instead of EMA"
     assert bench.pool.loaded() == ["final"]
+
+
+@pytest.mark.parametrize(("small", "stay"), [(1 << 30, 5), (0, 4)])
+def test_four_models_stay_in_memory_and_more_of_small_ones(
+    open_bench: Callable[..., Workbench], monkeypatch: pytest.MonkeyPatch, small: int, stay: int
+):
+    monkeypatch.setattr(pool_module, "SMALL", small)
+    bench = open_bench()
+    for name in ("base", "sft", "step-00000004", "final", "ema"):
+        last(stream(bench, name=name))
+    assert (
+        bench.pool.loaded()[-stay:] == ["base (base)", "SFT", "PPO step 4", "final", "EMA"][-stay:]
+    )
+    assert len(bench.pool.loaded()) == stay
+
+
+def test_a_model_that_is_let_go_is_freed_without_the_garbage_collector(run: Path):
+    """Which leaves it out, once `keep_collections_short` was called."""
+    loaded = load_model(run / "ppo/final")
+    list(loaded.decoder.stream([1, 2], GenerationConfig(max_new_tokens=2, slots=1), seed=0))
+    weights = [weakref.ref(weight) for weight in loaded.decoder.model.parameters()]
+    gc.disable()
+    try:
+        del loaded
+        assert weights and not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
+
+
+def test_once_warm_the_server_collects_garbage_among_what_came_since(
+    open_bench: Callable[..., Workbench],
+):
+    try:
+        open_bench().warm()
+        deadline = time.monotonic() + 60
+        while not gc.get_freeze_count():
+            assert time.monotonic() < deadline, "nothing was left out"
+            time.sleep(0.01)
+        assert gc.get_freeze_count() > 100_000  # all that is imported
+    finally:
+        gc.unfreeze()
 
 
 def test_many_users_of_more_models_than_fit_all_get_their_answers(
