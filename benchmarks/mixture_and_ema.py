@@ -127,6 +127,7 @@ def compare(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     mixture: the live actor's end with a mixture, less that without; paired by seed.
     average: an average's end, less the live actor's of the same run.
     course: the same on the way, of the gold score; and the live actor's KL.
+    weight: of the mixture loss, on average over the run.
     """
     plain = {name: runs[f"{name}-none"] for name in SETTINGS}
     found: dict[str, Any] = {
@@ -138,6 +139,7 @@ def compare(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
         "mixture": {},
         "average": {},
         "course": {},
+        "weight": {},
     }
     for name, results in runs.items():
         setting, mixture = name.split("-")
@@ -159,6 +161,7 @@ def compare(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
             for model in AVERAGES
         }
         if mixture != "none":
+            found["weight"][name] = measured(results, lambda r: fmean(r["history"]["mixture/coef"]))
             both = list(zip(results, plain[setting], strict=True))
             found["mixture"][name] = {
                 key: over_seeds([m(a["ends"]["live"]) - m(b["ends"]["live"]) for a, b in both])
@@ -267,9 +270,13 @@ def main() -> int:
         ]
         for setting, mixture in names
     }
+    timed = [json.loads(path.read_text()) for path in costs.values()]
     found = {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "commits": sorted({result["commit"] for results in runs.values() for result in results}),
+        "commits": {
+            "runs": sorted({result["commit"] for results in runs.values() for result in results}),
+            "cost": sorted({result["commit"] for result in timed}),
+        },
         "hardware": hardware(),
         "threads_a_run": 1,
         "versions": pipeline.versions(),
@@ -281,7 +288,7 @@ def main() -> int:
         "course_prompts": COURSE_PROMPTS,
         "texts": TEXTS,
         **compare(runs),
-        "cost": cost([json.loads(path.read_text()) for path in costs.values()]),
+        "cost": cost(timed),
     }
     pipeline.write_json(args.output, found)
     for lines in tables(found).values():

@@ -30,7 +30,12 @@ def result(live: float, ema: float) -> dict[str, Any]:
     """A run whose average is worth `ema`, and the other one half of that."""
     ends = {"live": end(live), "ema": end(ema), "slow": end(ema / 2)}
     point = {name: {"gold": e["sampled"]["total"], "kl": 0.0} for name, e in ends.items()}
-    return {"before": end(0.5), "ends": ends, "course": [{"iteration": 0, **point}]}
+    return {
+        "before": end(0.5),
+        "ends": ends,
+        "course": [{"iteration": 0, **point}],
+        "history": {"mixture/coef": [0.2, 0.4]},
+    }
 
 
 def test_the_interval_over_five_seeds_is_students():
@@ -66,6 +71,7 @@ def test_an_averages_worth_is_against_the_live_actor_of_the_same_run():
     )
     assert found["course"]["free-none"]["slow - live"][0]["mean"] == pytest.approx(-0.35)
     assert found["before"]["correct greedy, worst family"]["mean"] == pytest.approx(0.4)
+    assert found["weight"]["penalty-coef"]["mean"] == pytest.approx(0.3)
 
 
 def test_costs_are_shares_of_an_iteration_with_neither():

@@ -154,12 +154,12 @@ assert all(r.input_ids[-1] == tokenizer.eos_token_id for r in train)
 without = report("no EOS", *fine_tune(no_eos))
 
 # %% [markdown]
-# Compare the columns *ended* and *loss*. The base model has met the same EOS
-# at the end of forum answers, so it does not forget at once how to stop: it
-# is the probability of stopping that nobody teaches here, while every step
-# makes other tokens likelier. Responses run on, the judge counts them as
-# rambling, and on the held-out rows, whose EOS counts, the loss is higher.
-# With a base model that never saw this EOS, nothing would ever stop.
+# The loss hardly notices: one token in fifteen, and the base model has met the
+# same EOS at the end of forum answers, so it does not forget at once how to
+# stop. But nobody teaches the probability of stopping, while every step makes
+# other tokens likelier. Sampled, one response in twenty runs into the limit
+# and others ramble on, which the column *brief* shows. With a base model that
+# never saw this EOS, nothing would ever stop.
 
 # %%
 assert without["sampled"]["ended"] <= plain["sampled"]["ended"]
@@ -171,11 +171,12 @@ assert without["sampled"]["ended"] <= plain["sampled"]["ended"]
 with_prompts = report("with prompts", *fine_tune(as_text(train)))
 
 # %% [markdown]
-# The held-out loss counts responses alone in all rows of this table. It is
-# much the same: the prompts' tokens take a share of each step's gradient, and
-# give a little back. Of a prompt one can predict its form (`Human:`, the
-# words of a question once it has begun) but not what it asks about: which
-# animal, which numbers. Those tokens cost as much at the end as before.
+# The held-out loss counts responses alone in all rows of this table, and it
+# is higher: the prompts' tokens, nearly as many as the responses', take their
+# share of each of the sixteen steps. Of a prompt one can predict its form
+# (`Human:`, the words of a question once it has begun) but not what it asks
+# about: which animal, which numbers. Those tokens cost as much at the end as
+# before.
 #
 # ## 3. Three epochs
 
@@ -194,9 +195,10 @@ plot_curves(history, panel, xlabel="epoch")
 # %% [markdown]
 # Both curves fall together for the first epoch, since every row is new. From
 # the second on the training rows fall further than the held-out ones: the gap
-# is what is learnt by heart. The gold score need not follow the loss. What
-# the loss asks for is the demonstrations' mixture, wrong answers and idle
-# talk included; a model that fits it better copies those more faithfully.
+# is what is learnt by heart. The gold score does not follow the loss: greedy
+# it is higher than after one epoch, sampled it is lower. What the loss asks
+# for is the demonstrations' mixture, wrong answers and idle talk included; a
+# model that fits it better copies those more faithfully.
 #
 # ## 4. LoRA
 
@@ -220,11 +222,11 @@ ratio = seconds["LoRA, rank 8"] / seconds["all weights"]
 print(f"LoRA takes {ratio:.1f} times the processor's time")
 
 # %% [markdown]
-# One weight in nine is trained (a model this narrow makes adapters large; at
-# 7B it is one in hundreds), and the loss comes close. It is not faster here.
-# The forward pass has the adapters on top, and the backward pass still goes
-# through every layer; what LoRA saves is memory: gradients and AdamW's states
-# of the weights that are frozen.
+# One weight in thirteen is trained (a model this narrow makes adapters large;
+# at 7B it is one in hundreds), and the loss comes near. It is not faster
+# here: the forward pass has the adapters on top, and the backward pass still
+# goes through every layer. What LoRA saves is memory: gradients and AdamW's
+# states of the weights that are frozen.
 #
 # ## 5. Better data
 
@@ -242,11 +244,12 @@ print(len(rich), "demonstrations score above 0.8")
 better = report("better data", *fine_tune(rich))
 
 # %% [markdown]
-# This beats everything else on this page, with the same number of rows and
-# the same loss. It is what *rejection sampling* does: keep the best, and
-# imitate those. But it needs the gold judge, or a reward model, to say what
-# is good. And it can only keep what somebody has written; PPO tries answers
-# of its own.
+# This beats everything else on this page, with as many rows and the *highest*
+# held-out loss: that loss is taken on demonstrations of which a quarter is
+# wrong, and this model no longer expects them to be. It is what *rejection
+# sampling* does: keep the best, and imitate those. But it needs the gold
+# judge, or a reward model, to say what is good. And it can only keep what
+# somebody has written; PPO tries answers of its own.
 
 # %%
 if rows >= 1000:
