@@ -4,8 +4,9 @@
 
 Each seed gets one SFT and one reward model, by notebooks 02 and 03 with the toy preset. From
 these PPO runs under each of `SETTINGS` with each of `MIXTURES`, with equal prompts and sampling
-seeds; `ppo_run.py` says what is measured. Beside the length of the runs without a penalty (one
-of seed 1 with 30 iterations had gone wrong by the 15th) no setting was chosen on what came out.
+seeds; `ppo_run.py` says what is measured, `ppo_cost.py` what it costs. Beside the length of the
+runs without a penalty (one of seed 1 with 30 iterations had gone wrong by the 15th) no setting was
+chosen on what came out.
 
 A run is a process with one thread and leaves `RUNS/SEED/SETTING-MIXTURE.json`. What is there is
 not repeated, so that the benchmark goes on where it was cut short. Differences are paired by
@@ -86,24 +87,23 @@ def result_file(args: argparse.Namespace, seed: int, setting: str, mixture: str)
 
 def start(args: argparse.Namespace, seed: int, setting: str, mixture: str) -> bool:
     """One run, unless its result is there; whether it is there now."""
-    path = result_file(args, seed, setting, mixture)
-    if path.is_file():
-        return True
     changes = {**SETTINGS[setting], "ppo__mixture__kind": mixture}
     changes["data__cache"] = str(args.runs / str(seed) / "cache")
-    script = Path(__file__).with_name("ppo_run.py")
-    models = args.runs / str(seed) / "models"
+    path = result_file(args, seed, setting, mixture)
+    return run(args, seed, path, "ppo_run.py", json.dumps(changes))
+
+
+def run(args: argparse.Namespace, seed: int, path: Path, script: str, *words: str) -> bool:
+    """A script in a process of its own, unless its result is there; whether it is there now."""
+    if path.is_file():
+        return True
+    command = [sys.executable, str(Path(__file__).with_name(script))]
+    command += [str(args.runs / str(seed) / "models"), str(path), *words]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": "1"}
     begin = time.monotonic()
     with open(path.with_suffix(".log"), "w", encoding="utf-8") as log:
-        subprocess.run(
-            [sys.executable, str(script), str(models), str(path), json.dumps(changes)],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    took = pipeline.duration(time.monotonic() - begin)
-    print(f"seed {seed}, {setting}, {mixture}: {took}", flush=True)
+        subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    print(f"{path}: {pipeline.duration(time.monotonic() - begin)}", flush=True)
     return path.is_file()
 
 
@@ -179,39 +179,18 @@ def compare(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     return found
 
 
-def cost(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
-    """Processor seconds and bytes; shares are of an iteration of the same seed without mixture."""
-
-    def seconds(result: Result) -> float:
-        return sum(result["seconds_an_iteration"].values())
-
-    def average(result: Result) -> float:
-        steps = result["updates"] / learning(result)
-        return steps * result["seconds_an_average"] / seconds(result)
-
-    def learning(result: Result) -> int:
-        ppo = result["settings"]["ppo"]
-        return ppo["iterations"] - ppo["critic_warmup_iterations"]
-
-    shares = {}
-    for name in runs:
-        setting, mixture = name.split("-")
-        if mixture != "none":
-            both = zip(runs[name], runs[f"{setting}-none"], strict=True)
-            shares[name] = over_seeds([seconds(a) / seconds(b) - 1 for a, b in both])
+def cost(results: Sequence[Result]) -> dict[str, Any]:
+    """Of `ppo_cost.py`, a result a seed: shares of an iteration with neither; one seed's bytes."""
     return {
-        "seconds an iteration": {name: measured(r, seconds) for name, r in runs.items()},
-        "mixture, share of an iteration": shares,
-        "average, share of an iteration": {name: measured(r, average) for name, r in runs.items()},
-        "bytes": runs["free-grad_norm_ratio"][0]["memory_bytes"],
-        "peak memory, MiB": {
-            name: measured(r, lambda result: result["peak_memory_mib"]) for name, r in runs.items()
+        "share": {
+            part: measured(results, lambda result, part=part: result["share"][part])
+            for part in ("mixture", "average")
         },
-        "mixture weight": {
-            name: measured(r, lambda result: fmean(result["history"]["mixture/coef"]))
-            for name, r in runs.items()
-            if not name.endswith("-none")
+        "seconds": {
+            part: measured(results, lambda r, part=part: r["seconds"][part] / r["iterations"])
+            for part in ("plain", "mixture", "average")
         },
+        "bytes": results[0]["bytes"],
     }
 
 
@@ -239,8 +218,7 @@ def tables(found: Mapping[str, Any]) -> dict[str, list[str]]:
         for model, values in models.items()
     }
     cost = found["cost"]
-    shares = dict(cost["mixture, share of an iteration"])
-    shares |= {f"{n}, an average": v for n, v in cost["average, share of an iteration"].items()}
+    size = {name: f"{count / 1e6:.1f} MB" for name, count in cost["bytes"].items()}
     return {
         "ends": table(
             "run", SHOWN, {n: [f"{v[k]['mean']:.3f}" for k in SHOWN] for n, v in ends.items()}
@@ -257,9 +235,10 @@ def tables(found: Mapping[str, Any]) -> dict[str, list[str]]:
         ),
         "cost": table(
             "",
-            ["processor time, share of an iteration"],
-            {name: [change(value)] for name, value in shares.items()},
+            ["processor time, share of an iteration with neither"],
+            {name: [change(value)] for name, value in cost["share"].items()},
         ),
+        "bytes": table("", ["bytes"], {name: [count] for name, count in size.items()}),
     }
 
 
@@ -277,7 +256,9 @@ def main() -> int:
     jobs = [(seed, *name) for name in names for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
         done = list(pool.map(lambda job: start(args, *job), jobs))
-    if missing := [job for job, there in zip(jobs, done, strict=True) if not there]:
+    costs = {seed: args.runs / str(seed) / "cost.json" for seed in args.seeds}
+    done += [run(args, seed, path, "ppo_cost.py") for seed, path in costs.items()]
+    if missing := [job for job, there in zip([*jobs, *costs], done, strict=True) if not there]:
         print(f"error: failed, see the logs in {args.runs}: {missing}", file=sys.stderr)
         return 1
     runs = {
@@ -300,7 +281,7 @@ def main() -> int:
         "course_prompts": COURSE_PROMPTS,
         "texts": TEXTS,
         **compare(runs),
-        "cost": cost(runs),
+        "cost": cost([json.loads(path.read_text()) for path in costs.values()]),
     }
     pipeline.write_json(args.output, found)
     for lines in tables(found).values():

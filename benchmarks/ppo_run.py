@@ -1,11 +1,10 @@
-"""One PPO run of the toy world, measured: what it ends as, its course, what it costs.
+"""One PPO run of the toy world, measured: what it ends as, and its course.
 
     python benchmarks/ppo_run.py MODELS OUTPUT SETTINGS
 
 `MODELS` is a run with a SFT and a reward model, `SETTINGS` JSON of `config.override`'s changes.
 `mixture_and_ema.py` starts one process of this for each of its runs. Beside the engine's average
-the run keeps a second one. Seconds are the processor's, which other load on the machine hardly
-touches.
+the run keeps a second one. What mixture and average cost is measured by `ppo_cost.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ import contextlib
 import dataclasses
 import json
 import math
-import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -63,20 +61,17 @@ Text = tuple[list[int], list[bool]]
 """Ids, and which of them count in the loss."""
 
 
-class TimedEMA(EMA):
-    """The engine's average; others advance beside it."""
+class Averages(EMA):
+    """The engine's average, and others that advance beside it."""
 
     def __init__(self, *arguments: Any, beside: Sequence[EMA]):
         super().__init__(*arguments)
-        self.beside, self.seconds = beside, 0.0
+        self.beside = beside
 
     def update(self) -> float:
-        start = time.process_time()
-        decay = super().update()
-        self.seconds += time.process_time() - start
         for average in self.beside:
             average.update()
-        return decay
+        return super().update()
 
 
 class PPORun:
@@ -97,8 +92,8 @@ class PPORun:
         )
         module = self.engine.actor.module
         slow = EMA(module, AVERAGES["slow"])
-        self.engine.ema = self.ema = TimedEMA(module, AVERAGES["ema"], beside=[slow])
-        self.averages = {"ema": self.ema, "slow": slow}
+        self.engine.ema = Averages(module, AVERAGES["ema"], beside=[slow])
+        self.averages = {"ema": self.engine.ema, "slow": slow}
         blend = Blend(args.data, args.seed)
         demonstrations = encode_demonstrations(self.tokenizer, blend["sft"], args.data).rows
         self.trainer = DeepSpeedPPOTrainer(
@@ -209,63 +204,19 @@ class PPORun:
             point[name] = {"gold": float(found.gold["total"].mean()), "kl": float(found.kl.mean())}
         return point
 
-    def memory(self) -> dict[str, int]:
-        """Bytes: the actor's weights, an average of them, what a backward pass keeps of each loss.
-
-        Of the first minibatch, which in the toy preset is one micro-batch.
-        """
-        module, trainer = self.engine.actor.module, self.trainer
-        weights = {
-            p.untyped_storage().data_ptr(): p.numel() * p.element_size()
-            for p in module.parameters()
-        }
-        experience = trainer.generate_experience(self.loader[0])
-        rows = experience.rows(torch.arange(self.args.ppo.micro_batch_size))
-        forwards: dict[str, Callable[[], Any]] = {
-            "policy": lambda: trainer._policy(module, rows, 1.0)
-        }
-        if (mixture := trainer.mixture) is not None:
-            texts = mixture._texts(self.args.ppo.micro_batch_size)[0]
-            forwards["mixture"] = lambda: mixture._loss(module, texts, 1.0)
-        found = {
-            "weights": sum(weights.values()),
-            "average": sum(a.numel() * a.element_size() for a in self.ema._averages),
-        }
-        for name, forward in forwards.items():
-            kept: dict[int, int] = {}
-
-            def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
-                storage = tensor.untyped_storage()
-                kept[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                forward()
-            found[f"kept_by_{name}"] = sum(kept[place] for place in kept.keys() - weights.keys())
-        return found
-
     # ---- training
 
     def train(self) -> dict[str, Any]:
         """From the first iteration to the last."""
         begin = time.process_time()
-        before, course, memory = self.evaluate("live"), [self.look(0)], self.memory()
-        spent: dict[str, list[float]] = {"generate_experience": [], "train_rlhf": []}
+        before, course = self.evaluate("live"), [self.look(0)]
         history: dict[str, list[float]] = {"mixture/coef": [], "mixture/loss": []}
         for prompt_batch in self.loader:
-            marks = [time.process_time()]
-            experience = self.trainer.generate_experience(prompt_batch)
-            marks.append(time.process_time())
-            self.trainer.train_rlhf(experience)
-            marks.append(time.process_time())
-            done = self.trainer.iteration
-            learns = done > self.args.ppo.critic_warmup_iterations
-            if learns:
-                for name, seconds in zip(spent, _differences(marks), strict=True):
-                    spent[name].append(seconds)
+            self.trainer.train_rlhf(self.trainer.generate_experience(prompt_batch))
             for key in history.keys() & self.trainer.metrics.keys():
                 history[key].append(self.trainer.metrics[key])
-            if learns and done % LOOK_EVERY == 0:
+            done = self.trainer.iteration
+            if done > self.args.ppo.critic_warmup_iterations and done % LOOK_EVERY == 0:
                 course.append(self.look(done))
         return {
             "settings": self.args.to_dict(),
@@ -273,18 +224,9 @@ class PPORun:
             "ends": {name: self.evaluate(name) for name in MODELS},
             "course": course,
             "history": history,
-            "seconds_an_iteration": {name: median(values) for name, values in spent.items()},
-            "seconds_an_average": self.ema.seconds / self.ema.updates,
-            "updates": self.ema.updates,
-            "memory_bytes": memory,
-            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "seconds": time.process_time() - begin,
             "commit": pipeline.commit(),
         }
-
-
-def _differences(marks: Sequence[float]) -> Iterator[float]:
-    return (later - earlier for earlier, later in zip(marks, marks[1:], strict=False))
 
 
 if __name__ == "__main__":

@@ -663,8 +663,8 @@ if launch.in_notebook():
 #    accuracy and ECE do? Which of them warns you first?
 # 4. **Other tails.** Score the same probes without their EOS (drop the last
 #    id). How far do scores move, and why must PPO never see such scores?
-# 5. **Find a hack.** Add a probe whose proxy beats *right, polite* while its
-#    gold is below 0.5. Notebook 07 shows how PPO finds them for you.
+# 5. **Find a hack.** Add a probe whose proxy beats *right* while its gold is
+#    below 0.5. Notebook 07 shows how PPO finds them for you.
 #
 # ## On more than this computer
 #

@@ -37,11 +37,13 @@ PATIENCE = 5.0
 """Seconds that a rank which lost another one leaves to that one's own last words."""
 
 
-def note_failure(path: Path, code: int, sentence: str | None) -> None:
-    """Say which rank failed, unless another one was first."""
+def note_failure(
+    path: Path, code: int, sentence: str | None, rank: int | None = None, host: str | None = None
+) -> None:
+    """Say which rank failed, this one unless another is named, and unless another was first."""
     line = {
-        "rank": int(os.environ.get("RANK", 0)),
-        "host": socket.gethostname(),
+        "rank": int(os.environ.get("RANK", 0)) if rank is None else rank,
+        "host": host or socket.gethostname(),
         "code": code,
         "sentence": sentence,
     }

@@ -232,8 +232,8 @@ class Faults:
 
         All ranks repeat together: inside an attempt they may meet in `backward` alone. `lower`
         names the setting that `size` came from. `whole` False says that ranks meet inside the
-        attempt in ways that can't be left half way (ZeRO-3, generation in groups): then it stops. So it does from
-        `smallest` downwards; `size` counts rows, or what `unit` says.
+        attempt in ways that can't be left half way (ZeRO-3, generation in groups): then it stops.
+        So it does from `smallest` downwards; `size` counts rows, or what `unit` says.
         """
         while True:
             result, short, told = None, False, False

@@ -18,6 +18,10 @@ from torch import Tensor
 
 from rlhf_kit import distributed
 
+ROUND = 32
+"""Micro-batches by tokens are a multiple of this wide: a GPU's libraries choose (and cuDNN even
+builds) their kernels by shape, which takes longer than the pass when every shape is a new one."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -88,6 +92,8 @@ def micro_batches(
     for group in groups:
         index = torch.as_tensor(group)
         count, width = responses[index], int(lengths[index].max())
+        if by_tokens:
+            width = rounded(width)
         # Every response token's row within the micro-batch, and its number in its response.
         row = torch.arange(len(index)).repeat_interleave(count)
         number = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
@@ -107,6 +113,11 @@ def micro_batches(
     return made
 
 
+def rounded(width: int) -> int:
+    """The next multiple of ROUND."""
+    return -(-width // ROUND) * ROUND
+
+
 def within_tokens(lengths: Sequence[int], tokens: int, *, at_least: int = 1) -> list[list[int]]:
     """Rows in groups of at most `tokens` tokens, padding counted; a longer row goes alone.
 
@@ -115,7 +126,7 @@ def within_tokens(lengths: Sequence[int], tokens: int, *, at_least: int = 1) -> 
     """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
+        if groups and (len(groups[-1]) + 1) * rounded(lengths[groups[-1][0]]) <= tokens:
             groups[-1].append(row)
         else:
             groups.append([row])

@@ -27,11 +27,14 @@ from rlhf_kit.cell_runner import (
     GOOD_ENDINGS,
     note_failure,
 )
+from rlhf_kit.heartbeat import Heartbeat
 from rlhf_kit.launch import LOG_VARIABLE, RECORD_VARIABLE
 from rlhf_kit.pipeline import ending
 
 POLL, GRACE = 0.5, 5.0
 """Seconds between two looks at the failure file; seconds to end by oneself once it is there."""
+STOPPED_FOR = 30.0
+"""Seconds that a rank may be stopped (SIGSTOP) until it counts as hung."""
 LAST_LINES = 25
 ENDED = "== ended"
 INNERMOST_FIRST = "(most recent call first):"
@@ -64,7 +67,9 @@ def supervise(directory: Path, identity: str, script: Path, flags: list[str], de
         screen = sys.stdout if rank == 0 else None
         tee = threading.Thread(target=_tee, args=(child.stdout, screen, log))
         tee.start()
-        code = _wait(child, failure, log, launcher)
+        heartbeat = Heartbeat(directory, identity)
+        code = _wait(child, failure, log, launcher, heartbeat)
+        heartbeat.end()
         tee.join()
     if code < 0:
         code = 128 - code
@@ -123,13 +128,27 @@ def _log(lines: list[bytes], log: IO[str]) -> None:
         log.flush()
 
 
-def _wait(child: subprocess.Popen, failure: Path, log: IO[str], launcher: int) -> int:
+def _wait(
+    child: subprocess.Popen, failure: Path, log: IO[str], launcher: int, heartbeat: Heartbeat
+) -> int:
     """The child's exit code, after ending it where another rank or the launcher is gone."""
-    reason = ""
+    reason, looks = "", 0
     while not reason and child.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(POLL)
-        if failure.exists():
+        looks = looks + 1 if _is_stopped(child) else 0
+        silent = heartbeat.beat()
+        if looks * POLL >= STOPPED_FOR:
+            reason = f"it was stopped (SIGSTOP) and did not go on for {STOPPED_FOR:g} s"
+            note_failure(failure, LOST, reason)
+        elif silent is not None:
+            reason = "another host is silent"
+            said = (
+                f"nothing was heard of its host for {heartbeat.timeout:g} s: it is down, or does "
+                "not reach the run directory any more"
+            )
+            note_failure(failure, LOST, said, *silent)
+        elif failure.exists():
             reason = "another rank has failed"
         elif os.getppid() != launcher:
             reason = "the launcher is gone"
@@ -137,6 +156,7 @@ def _wait(child: subprocess.Popen, failure: Path, log: IO[str], launcher: int) -
         child.wait(GRACE)
     if child.poll() is None:
         child.send_signal(signal.SIGUSR2)  # says where it stands
+        child.send_signal(signal.SIGCONT)  # to hear it, where it was stopped
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(POLL)
         child.kill()
@@ -145,6 +165,14 @@ def _wait(child: subprocess.Popen, failure: Path, log: IO[str], launcher: int) -
     child.wait()
     _log([f"{ENDED}, because {reason}; the lines above say where it stood".encode()], log)
     return 1
+
+
+def _is_stopped(child: subprocess.Popen) -> bool:
+    """Whether the child is stopped now, by a signal; a debugger's hold is another state."""
+    look = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+    with contextlib.suppress(ChildProcessError):
+        return os.waitid(os.P_PID, child.pid, look) is not None
+    return False
 
 
 def report(directory: Path, identity: str) -> int:

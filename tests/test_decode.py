@@ -346,3 +346,15 @@ def test_bad_input_is_one_sentence() -> None:
     )
     with pytest.raises(ValueError, match="no tokens"):
         decoder(model).generate(empty, GenerationConfig(max_new_tokens=4))
+
+
+def test_hooks_on_the_model_are_not_run_for_they_are_about_training() -> None:
+    model = llama()
+    decode = decoder(model)
+    before = decode.generate(prompts(), GenerationConfig(max_new_tokens=4))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("DeepSpeed's hook would wait for the GPU here")
+
+    model.register_forward_pre_hook(refuse)
+    compare(before, decode.generate(prompts(), GenerationConfig(max_new_tokens=4)))

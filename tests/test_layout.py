@@ -25,7 +25,7 @@ RANKS = [
     "ppo invariants",
     "measure results votes launch pipeline run_directory "
     "training_settings resume evaluate report_page report cell_runner "
-    "rank_process hostfile cluster launch_command preflight chat data_command "
+    "heartbeat rank_process hostfile cluster launch_command preflight chat data_command "
     "run_flags choices plan_command cli",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}

@@ -68,17 +68,26 @@ def test_rows_padded_on_the_right_are_cut_as_well():
 
 
 def test_groups_hold_as_many_tokens_as_they_may_and_no_more():
-    lengths = [5, 100, 7, 40, 41, 6]
-    groups = within_tokens(lengths, 90)
-    assert groups == [[1], [4, 3], [2, 5, 0]]  # 100 alone; 2 x 41; 3 x 7
+    lengths = [5, 300, 7, 120, 121, 6]
+    groups = within_tokens(lengths, 260)
+    assert groups == [[1], [4, 3], [2, 5, 0]]  # 300 alone; 2 x 128; 3 x 32
     assert sorted(sum(groups, [])) == list(range(6))
-    assert within_tokens([3] * 4, 6) == [[0, 1], [2, 3]]
-    assert within_tokens([3] * 4, 5) == [[0], [1], [2], [3]]
+    assert within_tokens([33] * 4, 128) == [[0, 1], [2, 3]]
+    assert within_tokens([33] * 4, 127) == [[0], [1], [2], [3]]
+
+
+def test_micro_batches_by_tokens_have_few_widths():
+    lengths = torch.randint(1, 200, (64,), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(200) < lengths.unsqueeze(1)
+    parts = micro_batches(mask.long(), mask, 1, size=400, by_tokens=True)
+    assert {m.input_ids.shape[1] for m in parts} <= {32, 64, 96, 128, 160, 192, 224}
+    for micro in parts:
+        assert micro.input_ids.flatten()[micro.lasts].eq(1).all()
 
 
 def test_ranks_make_as_many_groups_as_the_one_that_needs_most(monkeypatch: pytest.MonkeyPatch):
-    assert within_tokens([2] * 8, 16, at_least=3) == [[0, 1], [2, 3], [4, 5, 6, 7]]
-    assert within_tokens([2, 2], 16, at_least=2) == [[0], [1]]
+    assert within_tokens([2] * 8, 256, at_least=3) == [[0, 1], [2, 3], [4, 5, 6, 7]]
+    assert within_tokens([2, 2], 64, at_least=2) == [[0], [1]]
     ids, mask = batch()
     monkeypatch.setattr(distributed, "all_max", lambda mine: mine + 1)  # another rank needs more
     assert len(micro_batches(ids, mask, 4, size=99, by_tokens=True)) == 2
@@ -86,14 +95,14 @@ def test_ranks_make_as_many_groups_as_the_one_that_needs_most(monkeypatch: pytes
 
 
 def test_ragged_rows_cost_less_padding_by_tokens_than_by_rows():
-    lengths = torch.randint(1, 65, (64,), generator=torch.Generator().manual_seed(1))
-    mask = torch.arange(64) < lengths.unsqueeze(1)
+    lengths = torch.randint(1, 513, (64,), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(512) < lengths.unsqueeze(1)
     by_rows = micro_batches(mask.long(), mask, 1, size=8)
-    by_tokens = micro_batches(mask.long(), mask, 1, size=8 * 64, by_tokens=True)
+    by_tokens = micro_batches(mask.long(), mask, 1, size=8 * 512, by_tokens=True)
     real = int(lengths.sum())
     computed = [sum(m.input_ids.numel() for m in parts) for parts in (by_rows, by_tokens)]
-    assert max(m.input_ids.numel() for m in by_tokens) <= 8 * 64
-    assert real / computed[0] < 0.5 and real / computed[1] > 0.8
+    assert max(m.input_ids.numel() for m in by_tokens) <= 8 * 512
+    assert real / computed[0] < 0.65 and real / computed[1] > 0.8
     assert len(by_tokens) < len(by_rows)
 
 

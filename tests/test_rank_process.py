@@ -11,12 +11,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_kit import rank_process
+from rlhf_kit import heartbeat, rank_process
+from rlhf_kit.heartbeat import Heartbeat
 
 NOTEBOOK = """\
 # ---
@@ -65,8 +68,9 @@ picture;
 # %%
 from pathlib import Path
 
+FAULTS = ("error", "refused", "killed", "stopped")
 standing = Path(__file__).with_name("standing")
-while rank == 1 and fault in ("error", "refused", "killed") and not standing.exists():
+while rank == 1 and fault in FAULTS and not standing.exists():
     time.sleep(0.02)
 if fault == "error" and rank == 1:
     raise RuntimeError("boom")
@@ -74,6 +78,14 @@ if fault == "refused" and rank == 1:
     raise ValueError("sixty rounds are too many")
 if fault == "killed" and rank == 1:
     os.kill(os.getpid(), 9)
+
+
+def frozen():
+    os.kill(os.getpid(), 19)  # SIGSTOP
+
+
+if fault == "stopped" and rank == 1:
+    frozen()
 
 # %%
 if fault == "save":
@@ -95,8 +107,10 @@ print("done")
 """
 START = """\
 import sys
+import rlhf_kit.heartbeat as heartbeat
 import rlhf_kit.rank_process as process
-process.POLL, process.GRACE = 0.05, 0.3
+heartbeat.BEAT = 0.1
+process.POLL, process.GRACE, process.STOPPED_FOR = 0.05, 0.3, 0.4
 sys.exit(process.main(sys.argv[1:]))
 """
 
@@ -107,11 +121,19 @@ def start(tmp_path: Path) -> Any:
     script = tmp_path / "demo.py"
     script.write_text(NOTEBOOK)
 
-    def rank(number: int, *flags: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
+    def rank(
+        number: int, *flags: str, options: tuple[str, ...] = (), **variables: str
+    ) -> subprocess.Popen:
         words = [*options, str(tmp_path / "logs"), "one", str(script), *flags]
         return subprocess.Popen(
             [sys.executable, "-c", START, *words],
-            env={**os.environ, "RANK": str(number), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"},
+            env={
+                **os.environ,
+                "RANK": str(number),
+                "WORLD_SIZE": "2",
+                "LOCAL_SIZE": "2",
+                **variables,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -182,6 +204,107 @@ def test_the_first_rank_that_fails_ends_the_others_and_is_named(
     # What it came to is there, without an end.
     notebook = json.loads((tmp_path / "demo.ipynb").read_text())
     assert "finished" not in notebook["metadata"]["rlhf_kit"]
+
+
+def test_a_rank_that_is_stopped_ends_the_others_and_says_where_it_stood(
+    start: Any, tmp_path: Path, capsys: Any
+):
+    (main, _), (other, _) = end_of([start(n, "--fault=stopped") for n in range(2)])
+    assert (main, other) == (1, 1)
+    assert rank_process.report(tmp_path / "logs", "one") == 3
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: rank 1 on ")
+    assert first.endswith(": it was stopped (SIGSTOP) and did not go on for 0.4 s")
+    where = rest.index("rank 1 stood here:") + 1
+    assert "demo.py" in rest[where] and rest[where].endswith(" in frozen")
+
+
+def test_a_rank_that_is_stopped_for_a_moment_goes_on(start: Any, tmp_path: Path):
+    rank = start(0, "--fault=save")
+    while rank.stdout.readline() != "waiting\n":
+        assert rank.poll() is None
+    (child,) = children(rank.pid)
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(0.15)
+    os.kill(child, signal.SIGCONT)
+    time.sleep(0.5)
+    rank.send_signal(signal.SIGTERM)
+    assert rank.wait(30) == 143
+    rank.communicate()
+
+
+def children(pid: int) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# ---- hosts
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Heartbeat]:
+    """The heart of a host by its first rank, two ranks a host of six; it beats whenever asked."""
+    monkeypatch.setattr(heartbeat, "BEAT", 15.0)  # three looks are 45 s
+    monkeypatch.setattr(heartbeat.time, "monotonic", iter(range(0, 10**6, 15)).__next__)
+
+    def host(rank: int) -> Heartbeat:
+        names = {"RANK": rank, "LOCAL_RANK": rank % 2, "LOCAL_SIZE": 2, "WORLD_SIZE": 6}
+        for name, value in names.items():
+            monkeypatch.setenv(name, str(value))
+        return Heartbeat(tmp_path, "one")
+
+    return host
+
+
+def test_a_host_that_falls_silent_is_named_and_one_that_ends_is_not(
+    hosts: Callable[[int], Heartbeat],
+):
+    alpha, beta, gamma = hosts(0), hosts(2), hosts(4)
+    for _ in range(5):
+        assert [host.beat() for host in (alpha, beta, gamma)] == [None] * 3
+    beta.end()
+    said = [(alpha.beat(), alpha.beat(), gamma.beat()) for _ in range(5)]
+    assert said == [(None, None, None)] * 5  # gamma is heard, beta is not missed
+    # The first look of these finds something new.
+    assert [alpha.beat() for _ in range(4)] == [None, None, None, (4, os.uname().nodename)]
+
+
+def test_silence_is_counted_in_looks(hosts: Callable[[int], Heartbeat], tmp_path: Path):
+    alpha, beta = hosts(0), hosts(2)
+    assert beta.beat() is alpha.beat() is None
+    for _ in range(1000):
+        heartbeat.time.monotonic()  # all were suspended for hours
+    assert beta.beat() is alpha.beat() is None
+    (tmp_path / "alive-one-2.json").write_text("")  # beta is writing
+    assert alpha.beat() is None
+
+
+def test_only_the_first_rank_of_several_hosts_gives_signs(
+    hosts: Callable[[int], Heartbeat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    hosts(1).beat()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    Heartbeat(tmp_path, "one").beat()
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv(heartbeat.TIMEOUT_VARIABLE, "0")
+    Heartbeat(tmp_path, "one").beat()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_silent_host_ends_the_ranks_of_the_others(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "alive-one-1.json").write_text('{"rank": 1, "host": "beta", "beat": 7}')
+    monkeypatch.setenv(heartbeat.TIMEOUT_VARIABLE, "0.4")
+    rank = start(0, "--fault=error", LOCAL_SIZE="1")  # waits for rank 1
+    assert end_of([rank])[0][0] == 1
+    assert rank_process.report(logs, "one") == 3
+    assert capsys.readouterr().err.startswith(
+        "error: rank 1 on beta: nothing was heard of its host for 0.4 s: it is down, or does"
+    )
+    assert not (logs / "alive-one-0.json").exists()
 
 
 def test_a_rank_that_others_lost_is_shown_where_it_stood(tmp_path: Path, capsys: Any):

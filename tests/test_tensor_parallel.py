@@ -275,6 +275,10 @@ def memory(batch: PromptBatch) -> dict[str, Any]:
     generate()
     versions.append(engine.parallel.version)
     stats = engine.last_stats
+    attention = engine.parallel.model.model.layers[1].self_attn
+    one_matrix = [
+        x.weight.data_ptr() for x in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
     engine.free_generation_weights()
     sizes.append(engine.parallel.nbytes())
     assert engine.last_stats is stats
@@ -284,6 +288,7 @@ def memory(batch: PromptBatch) -> dict[str, Any]:
         "same places": places[0] == places[1] == places[2],
         "same tokens": torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[2], tokens[3]),
         "versions": versions,
+        "between q, k and v": [b - a for a, b in zip(one_matrix, one_matrix[1:], strict=False)],
     }
 
 
@@ -382,6 +387,7 @@ def test_parts_take_their_share_of_memory_stay_in_place_and_are_freed(two: list[
         assert found["sizes"] == [0, each, each, each, 0, each]
         assert found["same places"] and found["same tokens"]
         assert found["versions"] == [0, 1]
+        assert found["between q, k and v"] == [4 * 32 * 64, 4 * 16 * 64]
 
 
 def test_four_ranks_share_two_key_value_heads_and_groups_do_not_wait_for_each_other(

@@ -63,6 +63,8 @@ run = RunDirectory.open(
     ppo__critic_warmup_iterations=0,
     ppo__mixture__kind="none",
 )
+
+# %%
 args = run.args()
 tokenizer = load_tokenizer(resolve_model(args.actor_model))
 prepare_tokenizer(tokenizer)
@@ -86,6 +88,7 @@ def walk(args):
     return engine, PPOTrainer(engine=engine, args=args)
 
 
+# %%
 def say(engine, ids, mask):
     return [
         decode_response(tokenizer, row[keep].tolist())
@@ -106,6 +109,8 @@ def say(engine, ids, mask):
 # %%
 engine, trainer = walk(args)
 experience = trainer.generate_experience(prompts)
+
+# %%
 mask = experience.response_mask
 _, returns = f.gae(
     experience.rewards, experience.values, mask, gamma=1.0, lam=1.0
@@ -134,6 +139,8 @@ cut = engine.actor.generate(prompts, short)
 found, _ = make_experience(
     cut, engine, args.ppo, kl_coef=args.ppo.kl.coef, temperature=1.0
 )
+
+# %%
 texts = say(engine, cut.response_ids, cut.response_mask)
 for text, ended, score in zip(
     texts, cut.ended.tolist(), found.score.tolist(), strict=True
@@ -164,8 +171,8 @@ for clip_ratio in (0.2, 10.0):
 # %% [markdown]
 # The clip does not stop the walk, but it shortens it: tokens beyond 1.2 (or
 # below 0.8) no longer pull. Without it ten steps on four responses take the
-# actor several times as far, for no new information. What it says now is
-# what these four rows happened to reward.
+# actor nearly twice as far, for no new information, and the first answer
+# comes apart. These four rows are all it has to go by.
 
 # %%
 if steps >= 10:
@@ -205,6 +212,8 @@ texts = (experience.sequences, experience.attention_mask)
 new = engine.actor_logprobs(*texts, mask.shape[1], 1.0)
 same = balance(experience.score, new, ref, mask)
 own = trainer.generate_experience(prompts)
+
+# %%
 mask, ref = own.response_mask, own.ref_logprobs
 theirs = balance(own.score, own.old_logprobs, ref, mask)
 
@@ -230,6 +239,8 @@ engine, trainer = walk(args)
 experience = trainer.generate_experience(prompts)
 mask = experience.response_mask
 texts = (experience.sequences, experience.attention_mask)
+
+# %%
 for temperature in (1.0, 0.7):
     now = engine.actor_logprobs(*texts, mask.shape[1], temperature)
     _, metrics = f.policy_loss(

@@ -49,6 +49,8 @@ from rlhf_kit.models import (
     resolve_model,
     save_normalisation,
 )
+
+# %%
 from rlhf_kit.plots import plot_curves
 from rlhf_kit.reward import RewardTrainer
 from rlhf_kit.reward import prompt_batches as pair_batches
@@ -82,6 +84,8 @@ run = RunDirectory.open(
 )
 config, sft_model = run.config, run.sft_model()
 place = run.path / "over_optimisation_solutions"
+
+# %%
 tokenizer = load_tokenizer(resolve_model(sft_model))
 prepare_tokenizer(tokenizer)
 blend = Blend(config.data, config.seed)
@@ -119,6 +123,7 @@ def learn_reward(rows, epochs, seed):
     return str(export(scorer, tokenizer, place / name))
 
 
+# %%
 weak = learn_reward(reward_rows[:pairs], 4, config.seed)
 
 # %% [markdown]
@@ -217,6 +222,8 @@ more = {f"{pairs} pairs": free}
 for name, model in models.items():
     more[name] = climb(model, ppo__kl__coef=0.0)
     tell(name, more[name])
+
+# %%
 points = [
     {"step": rows[0]["step"]}
     | {name: row["gold"] for name, row in zip(more, rows, strict=True)}
@@ -260,6 +267,7 @@ second = Scorer(
 )
 
 
+# %%
 class SmallerOfTwo(DeepSpeedRLHFEngine):
     """Scores a response by the less convinced of two reward models."""
 
@@ -270,6 +278,7 @@ class SmallerOfTwo(DeepSpeedRLHFEngine):
         return smaller * self.score_std + self.score_mean
 
 
+# %%
 sceptical = climb(weak, SmallerOfTwo, ppo__kl__coef=0.0)
 tell("smaller of two scores", sceptical)
 
@@ -296,6 +305,7 @@ def stop(looks):
     return looks[-1]
 
 
+# %%
 tests = {f"{pairs} pairs (made on it)": free, **more}
 del tests[f"{pairs} pairs"]
 tests |= {"smaller of two": sceptical}

@@ -410,7 +410,7 @@ class _Run:
     ) -> Tensor:
         """The live model over M packed tokens; logits [M, V], or [N, V] of the tokens to keep."""
         options = {} if keep is None else {"logits_to_keep": keep}
-        logits = self.model(
+        logits = self.model.forward(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,

@@ -80,7 +80,8 @@ class Step:
     def _logits(self, n: int) -> Tensor:
         """[N, V] logits of the tokens that follow; their keys and values are in the cache after."""
         token, length = self.slots.state[TOKEN, :n], self.slots.state[LENGTH, :n]
-        return self.model(
+        # Not through __call__: DeepSpeed's hooks there are about training, and may wait for the GPU.
+        return self.model.forward(
             input_ids=token[None], position_ids=length[None], use_cache=False, plan=length
         ).logits[0]
 

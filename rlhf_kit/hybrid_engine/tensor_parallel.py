@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -147,11 +147,7 @@ class TensorParallelCopy:
             return
         if not self.allocated:
             self._allocate()
-        units: dict[str, list[tuple[str, str]]] = defaultdict(list)
-        for name, leaf in self._owned():
-            layer = LAYER.fullmatch(name)
-            units[layer[1] if layer else name].append((name, leaf))
-        for unit in units.values():
+        for unit in self._units():
             modules = [self.source.get_submodule(name) for name, _ in unit]
             with gathered(p for module in modules for p in module.parameters()):
                 for name, leaf in unit:
@@ -224,14 +220,33 @@ class TensorParallelCopy:
                 if parameter is not None and (name, leaf) != shared:
                     yield name, leaf
 
-    def _allocate(self) -> None:
-        """Take memory as the source has it by now: DeepSpeed may have moved and cast it."""
-        device = distributed.local_device()
+    def _units(self) -> Iterable[list[tuple[str, str]]]:
+        """What is gathered at a time: a layer, or a module outside the layers."""
+        units: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for name, leaf in self._owned():
-            module = self.model.get_submodule(name)
-            dtype = getattr(_base(self.source.get_submodule(name)), leaf).dtype
-            memory = torch.empty_like(getattr(module, leaf), device=device, dtype=dtype)
-            module._parameters[leaf] = _parameter(memory)
+            layer = LAYER.fullmatch(name)
+            units[layer[1] if layer else name].append((name, leaf))
+        return units.values()
+
+    def _allocate(self) -> None:
+        """Take memory as the source has it by now: DeepSpeed may have moved and cast it.
+
+        Of a layer one behind the other, first matrices, then vectors, as ZeRO keeps them: so
+        those of an attention's queries, keys and values are one matrix for the decoder.
+        """
+        device = distributed.local_device()
+        for unit in self._units():
+            flat: dict[torch.dtype, list[Any]] = defaultdict(list)
+            for name, leaf in unit:
+                module = self.model.get_submodule(name)
+                base = _base(self.source.get_submodule(name))
+                flat[getattr(base, leaf).dtype].append((module, leaf, getattr(module, leaf).shape))
+            for dtype, parts in flat.items():
+                parts.sort(key=lambda part: len(part[2]) < 2)
+                sizes = [shape.numel() for *_, shape in parts]
+                memory = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+                for (module, leaf, shape), part in zip(parts, memory, strict=True):
+                    module._parameters[leaf] = _parameter(part.view(shape))
         if self._tied:
             words: Any = self.model.get_input_embeddings()
             ((start, length),) = self._shards[self._head].outputs
