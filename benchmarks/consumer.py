@@ -77,10 +77,11 @@ BEHIND = """
 import json
 import resource
 
+from rlhf_kit.metrics import peak_memory
+
 peak = {{"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}}
 if torch.cuda.is_available():
-    peak["allocated"] = torch.cuda.max_memory_allocated() / 2**30
-    peak["reserved"] = torch.cuda.max_memory_reserved() / 2**30
+    peak |= {{name: size / 2**30 for name, size in peak_memory().items()}}
 with open({path!r}, "w") as file:
     json.dump(peak, file)
 """

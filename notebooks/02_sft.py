@@ -53,7 +53,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from rlhf_kit import distributed, preflight
+from rlhf_kit import distributed, memory_check, preflight
 from rlhf_kit.blending import Blend, length_bucketed_batches
 from rlhf_kit.checkpoint import export
 from rlhf_kit.evaluate import is_toy_world
@@ -525,6 +525,8 @@ with checkpoints:
             metrics = trainer.step([train.rows[i] for i in chosen])
             phase.tokens += sum(lengths[i] for i in chosen)
         metrics["perf/tokens_per_second"] = phase.tokens / phase.seconds
+        if step == 1:
+            metrics |= memory_check.compare(config, "sft", phases)
         log(step, metrics, bar=bar)
         checkpoints.step(step, metrics)
 log(len(plan), {"loss/eval": trainer.evaluate(held_out.rows)})

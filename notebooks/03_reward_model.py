@@ -49,7 +49,7 @@ import math
 from collections import Counter
 
 import torch
-from rlhf_kit import distributed, plots, preflight, statistics
+from rlhf_kit import distributed, memory_check, plots, preflight, statistics
 from rlhf_kit.blending import Blend
 from rlhf_kit.checkpoint import export
 from rlhf_kit.datasets import load_source
@@ -357,6 +357,8 @@ with checkpoints:
             metrics = trainer.step([train.rows[i] for i in batch])
             phase.tokens += sum(train.rows[i].tokens for i in batch)
         metrics["perf/tokens_per_second"] = phase.tokens / phase.seconds
+        if step == 1:
+            metrics |= memory_check.compare(config, "reward", phases)
         log(step, metrics, bar=bar)
         checkpoints.step(step, metrics)
 

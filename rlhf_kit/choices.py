@@ -41,9 +41,12 @@ def choices(config: RunConfig, ranks: int) -> Iterator[list[Choice]]:
     yield _halved(config, ["generation__slots"], FEWEST_SLOTS, "generating takes longer")
     yield _halved(config, MICRO, 1, "smaller matrix products take longer in all")
     yield _engines(config, "gradient_checkpointing", True, "training takes a third longer")
+    if config.actor_engine.lora.rank:
+        yield [Choice({"actor_engine__lora__merge": False}, "generating takes longer")]
+    yield [Choice({"memory__offload_idle": True}, "copies to and from the host, each iteration")]
     if ranks > 1:
         yield [zero_3(config)]
-    yield [lora(config)]
+    yield [lora(config), shared_base(config)]
     yield _engines(config, "offload_optimizer", True, "AdamW steps on the CPU: some seconds each")
     yield [Choice({"ppo__ema__enabled": False}, "no average of the actor is exported")]
 
@@ -54,6 +57,19 @@ def lora(config: RunConfig) -> Choice:
         {"actor_engine__lora__rank": LORA_RANK, **rates},
         f"adapters train instead of all weights, at {LORA_RATE} times the rate",
     )
+
+
+def shared_base(config: RunConfig) -> Choice:
+    """Adapters for all four roles; the reward model then is one of the SFT model's too."""
+    rank = config.actor_engine.lora.rank or LORA_RANK
+    base = {} if config.actor_engine.lora.rank else lora(config).changes
+    changes = {
+        **base,
+        "critic_engine__lora__rank": config.critic_engine.lora.rank or rank,
+        "reward__init_from": "sft",
+        "memory__shared_base": True,
+    }
+    return Choice(changes, "the reward model is an adapter of the SFT model, as large as the actor")
 
 
 def zero_3(config: RunConfig) -> Choice:

@@ -26,6 +26,7 @@ FILE_NAME = "metrics.jsonl"
 CONSOLE_SECONDS = 5.0
 """Lines of a summary without a bar come no closer than this."""
 RESERVED = ("step", "time", "nonfinite")
+GIB = 2**30
 
 
 class MetricsLog:
@@ -221,10 +222,20 @@ class Phase:
 
     seconds: float = 0.0
     tokens: int = 0
+    peak_bytes: int = 0
+    """Most GPU memory in torch's allocator; 0 without a GPU."""
+
+    def add(self, use: Phase) -> None:
+        self.seconds += use.seconds
+        self.tokens += use.tokens
+        self.peak_bytes = max(self.peak_bytes, use.peak_bytes)
 
 
 class Phases:
     """Seconds and tokens by phase: `with phases("generate") as phase: ...; phase.tokens += n`.
+
+    On a GPU also the most memory allocated, for which torch's own peaks begin anew with each
+    phase; `peak_memory` has those of the whole process.
 
     Phases must not nest, or their shares would count time twice. Tokens are what the caller says
     they are; a run on many ranks passes the sum over ranks.
@@ -240,22 +251,24 @@ class Phases:
         require(self._inside is None, f"phase {name} starts inside phase {self._inside}")
         self._inside, use = name, Phase(tokens=tokens)
         _synchronize()
+        _new_peak()
         start = time.perf_counter()
         try:
             yield use
         finally:
             _synchronize()
             use.seconds += time.perf_counter() - start
+            use.peak_bytes = _new_peak()
             self._inside = None
             for phases in (self.totals, self._lap):
-                total = phases.setdefault(name, Phase())
-                total.seconds += use.seconds
-                total.tokens += use.tokens
+                phases.setdefault(name, Phase()).add(use)
 
     def lap(self) -> dict[str, float]:
-        """`phase/<name>/seconds` since the last lap, ready to be logged."""
+        """`phase/<name>/seconds` since the last lap, ready to be logged; and `peak_gib`."""
         lap, self._lap = self._lap, {}
-        return {f"phase/{name}/seconds": phase.seconds for name, phase in lap.items()}
+        values = {f"phase/{name}/seconds": phase.seconds for name, phase in lap.items()}
+        peaks = {f"phase/{n}/peak_gib": p.peak_bytes / GIB for n, p in lap.items() if p.peak_bytes}
+        return values | peaks
 
     def shares(self) -> dict[str, float]:
         """Each phase's share of all seconds; they sum to 1."""
@@ -273,9 +286,9 @@ class Phases:
         }
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """`{name: {"seconds": ..., "tokens": ...}}`, for a stage's summary.json."""
+        """`{name: {"seconds": ..., "tokens": ...}}`, for a stage's summary.json; and `peak_bytes`."""
         return {
-            name: {"seconds": phase.seconds, "tokens": phase.tokens}
+            name: {key: value for key, value in vars(phase).items() if key != "peak_bytes" or value}
             for name, phase in self.totals.items()
         }
 
@@ -295,6 +308,29 @@ def _synchronize() -> None:
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+_peaks = {"allocated": 0, "reserved": 0}
+"""Bytes, before torch's own peaks were last begun anew."""
+
+
+def _new_peak() -> int:
+    """The most bytes allocated since the last call; 0 without a GPU."""
+    import torch
+
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return 0
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    _peaks["allocated"] = max(_peaks["allocated"], allocated)
+    _peaks["reserved"] = max(_peaks["reserved"], reserved)
+    torch.cuda.reset_peak_memory_stats()
+    return allocated
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes that this process had `allocated`, and `reserved`, on its GPU; 0 without."""
+    _new_peak()
+    return dict(_peaks)
 
 
 def _number(key: str, value: Any) -> float | int:

@@ -73,7 +73,7 @@ def _fullest(plan: Plan, gpu: Device) -> Iterator[str]:
     terms = sorted(fullest.terms.items(), key=lambda term: -term[1])[:TERMS]
     for name, size in [*terms, ("all else", fullest.peak - sum(size for _, size in terms))]:
         yield f"  {size / GIB:8.2f}  {name}"
-    if host := plan.host_bytes * plan.ranks:
+    if host := plan.ppo.host_bytes * plan.ranks:
         yield f"the hosts keep {host / GIB:.1f} GiB in all"
     verdict = "it fits" if plan.fits(gpu.memory) else "it does not fit"
     yield (

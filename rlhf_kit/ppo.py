@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_kit import distributed, fingerprint
+from rlhf_kit import distributed, fingerprint, memory_check
 from rlhf_kit import functional as f
 from rlhf_kit.config import GenerationConfig, RunConfig, require
 from rlhf_kit.faults import Faults, RolledBack
@@ -251,6 +251,8 @@ class PPOTrainer:
         if self.engine.ema is not None and measured:
             metrics["ema/distance"] = self.engine.ema.distance()
         self.metrics = {**metrics, **self._speed()}
+        if self.iteration == 1:
+            self.metrics |= memory_check.compare(self.args, "ppo", self.phases)
         return self.metrics
 
     def _steer_kl(self, metrics: dict[str, float]) -> None:
@@ -266,7 +268,8 @@ class PPOTrainer:
 
     def _speed(self) -> dict[str, float]:
         lap = self.phases.lap()
-        speed = {"perf/pairs_per_second": self.config.batch_size / max(sum(lap.values()), 1e-9)}
+        spent = sum(value for key, value in lap.items() if key.endswith("/seconds"))
+        speed = {"perf/pairs_per_second": self.config.batch_size / max(spent, 1e-9)}
         if seconds := lap.get("phase/generate/seconds"):
             tokens = self._rollout_metrics["response/length"] * self.config.batch_size
             speed["perf/generated_tokens_per_second"] = tokens / seconds

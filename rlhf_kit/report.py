@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf_kit import __version__, report_page
 from rlhf_kit.config import require
-from rlhf_kit.metrics import FILE_NAME, read_metrics
+from rlhf_kit.metrics import FILE_NAME, GIB, read_metrics
 from rlhf_kit.pipeline import read_faults, read_record, seconds_of
 from rlhf_kit.results import COMPARISONS, MODELS
 from rlhf_kit.types import STAGES
@@ -57,6 +57,7 @@ def build(
         "seconds": _seconds(record, summaries, evaluation.get("evaluation_seconds", 0.0)),
         "throughput": {stage: _throughput(summaries[stage]) for stage in STAGES},
         "phase_shares": _shares(phases["ppo"]),
+        "memory": {stage: _memory(metrics[stage], phases[stage]) for stage in STAGES},
         "config": record["config"],
         "seed": record.get("seed"),
         "versions": record.get("versions", {"rlhf-kit": __version__}),
@@ -214,6 +215,20 @@ def _shares(phases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {name: phase["seconds"] / total for name, phase in phases.items()} if total else {}
 
 
+def _memory(
+    rows: list[dict[str, Any]], phases: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """By phase, GiB: the first step's peak as predicted and as measured, and the stage's."""
+    logged = {key: value for row in rows for key, value in row.items() if key.startswith("memory/")}
+    found = {
+        name: {kind: logged.get(f"memory/{name}/{kind}_gib") for kind in ("predicted", "measured")}
+        | {"peak": phase["peak_bytes"] / GIB}
+        for name, phase in phases.items()
+        if "peak_bytes" in phase
+    }
+    return {n: {k: v for k, v in gib.items() if v is not None} for n, gib in found.items()}
+
+
 def _gaps(
     summaries: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, list[dict[str, Any]]]
 ) -> list[str]:
@@ -328,6 +343,13 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
             for name, share in shares.items()
         ]
         lines.append(f"PPO: {', '.join(parts)}")
+    for stage, phases in report.get("memory", {}).items():
+        parts = [
+            f"{name} {gib['peak']:.1f}"
+            + (f" (predicted {gib['predicted']:.1f})" if "predicted" in gib else "")
+            for name, gib in phases.items()
+        ]
+        lines += [f"peak memory, GiB, {stage}: {', '.join(parts)}"] if parts else []
     return lines
 
 

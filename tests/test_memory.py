@@ -1,129 +1,19 @@
-"""The plan's bytes, against what DeepSpeed allocates on a CPU and against sums by hand."""
+"""The plan of a run: what is on a GPU in each phase, and how long it takes, by hand."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers
+from test_engine_memory import opt
 
-from rlhf_kit import deepspeed_config
-from rlhf_kit.config import EngineConfig, OptimizerConfig, RunConfig, preset
-from rlhf_kit.hybrid_engine import memory
+from rlhf_kit.config import RunConfig, preset
 from rlhf_kit.hybrid_engine.device import Device, device
-from rlhf_kit.hybrid_engine.dry_run import Model
-from rlhf_kit.hybrid_engine.memory import GIB, Plan, engine_memory
+from rlhf_kit.hybrid_engine.memory import GIB, Plan
+from rlhf_kit.hybrid_engine.moments import Moment
 from rlhf_kit.hybrid_engine.timing import operations, seconds
-from rlhf_kit.hybrid_engine.training import TrainingEngine
-from rlhf_kit.hybrid_engine.watch import Watch
-from rlhf_kit.models import DTYPES
-from rlhf_kit.token_logprobs import chosen_logprobs
-
-BUCKET = 200_000
-"""Elements; smaller than the real one, as is the model."""
-
-
-def opt(layers: int = 2, hidden: int = 256, **fields: Any) -> transformers.OPTConfig:
-    return transformers.OPTConfig(
-        hidden_size=hidden,
-        word_embed_proj_dim=hidden,
-        ffn_dim=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        vocab_size=512,
-        max_position_embeddings=64,
-        dropout=0.0,
-        **fields,
-    )
-
-
-def text_of(config: Any) -> str:
-    return config.to_json_string(use_diff=False)
-
-
-# ---- what DeepSpeed holds
-
-
-@pytest.mark.parametrize(
-    ("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")]
-)
-def test_an_engine_takes_what_deepspeed_allocates(
-    stage: int, dtype: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(deepspeed_config, "REDUCE_BUCKET", BUCKET)
-    monkeypatch.setattr(memory, "REDUCE_BUCKET", BUCKET)
-    planned = Model(text_of(opt()), False, dtype)
-    config = EngineConfig(zero_stage=stage, dtype=dtype)
-    expected = engine_memory(planned.sizes, config, 1, accumulates=True)
-    run = planned.text(2, 32, 64)
-    held = expected.weights + expected.masters + expected.buffers
-    model = transformers.AutoModelForCausalLM.from_config(opt(), dtype=DTYPES[dtype])
-    ids, places = torch.zeros(2, 32, dtype=torch.long), torch.arange(1, 64)
-    with Watch(device="cpu") as watch:
-        for parameter in model.parameters():
-            parameter.view(-1)  # an operation, so that its storage is seen
-        del parameter
-        engine = TrainingEngine(model, config, OptimizerConfig(learning_rate=1e-3), total_steps=2)
-        gc.collect()
-        assert_near(watch.live, held)
-        assert_near(watch.peak, expected.weights + expected.loading)
-        for moments, step in ((0, expected.first_step), (expected.moments, expected.step)):
-            watch.peak = 0
-            for _ in range(2):
-                logprobs, _ = chosen_logprobs(engine, ids, places, chunk=64)
-                engine.backward(logprobs.mean())
-            del logprobs
-            gc.collect()
-            during = expected.gradients + expected.arriving + expected.gathered + run.peak
-            assert_near(watch.live, held + moments + expected.gradients)
-            assert 0.8 < watch.peak / (held + moments + during) < 1.02
-            watch.peak = 0
-            engine.step()
-            gc.collect()
-            assert_near(watch.peak, held + step)
-            assert_near(watch.live, held + expected.moments)
-
-
-def assert_near(measured: int, expected: int) -> None:
-    """Within what the allocator rounds up, and a bucket not quite full."""
-    assert measured == pytest.approx(expected, rel=0.02)
-
-
-def test_parameters_and_ranks_share_an_optimiser_by_hand():
-    # Ten million parameters, none of them in a bucket's way.
-    sizes = Model(text_of(opt())).sizes._replace(
-        embeddings=0, matrices=9_000_000, vectors=1_000_000, head=0, tied=True, adapters=0,
-        trained_matrices=9_000_000, trained_vectors=1_000_000, largest=1_000_000,
-    )  # fmt: skip
-    two = engine_memory(sizes, EngineConfig(zero_stage=2, dtype="bf16"), 2, accumulates=True)
-    assert (two.weights, two.masters, two.moments) == (20e6, 20e6, 40e6)
-    assert (two.gradients, two.gathered, two.buffers) == (10e6, 0, 0)
-    # The bucket of 50 million elements, a copy of the ten million in it, a second set.
-    assert two.arriving == 100e6 + 20e6 + 10e6
-    # Gradients, and of 4.5 million elements of matrices a flat copy and its cast to fp32.
-    assert two.step == 40e6 + 10e6 + 4.5e6 * 6
-    # In the first step the moments of the matrices come while their fp32 gradients are there.
-    assert two.first_step == 10e6 + 4.5e6 * 12
-    three = engine_memory(sizes, EngineConfig(zero_stage=3, dtype="bf16"), 2, accumulates=True)
-    assert (three.weights, three.gathered) == (10e6 + 2e6, 20e6)
-    assert three.buffers == 100e6 + 10e6
-    assert three.step == 40e6 + 5e6 * 6
-
-
-def test_an_offloaded_optimiser_leaves_weights_and_a_way_out():
-    sizes = Model(text_of(opt())).sizes
-    engine = EngineConfig(zero_stage=2, dtype="bf16", offload_optimizer=True)
-    found = engine_memory(sizes, engine, 1, accumulates=True)
-    assert (found.masters, found.moments, found.gradients) == (0, 0, 0)
-    assert found.step == (2 + 8) * sizes.largest
-    # fp32 masters, gradients and moments; bf16 weights on their way back, and gradients so far.
-    assert found.host == (4 + 4 + 8 + 2 + 2) * sizes.total
-
-
-# ---- a run
 
 
 @pytest.fixture
@@ -149,7 +39,7 @@ def run(tmp_path: Any) -> Callable[..., RunConfig]:
     return config
 
 
-def moment(plan: Plan, stage: str, name: str) -> memory.Moment:
+def moment(plan: Plan, stage: str, name: str) -> Moment:
     (found,) = [m for m in plan.moments if (m.stage, m.name) == (stage, name)]
     return found
 
@@ -187,13 +77,67 @@ def test_while_the_critic_warms_up_the_actor_has_no_optimiser_states(
     run: Callable[..., RunConfig],
 ):
     first = Plan.of(run(ppo__critic_warmup_iterations=1), first=True)
-    assert moment(first, "ppo", "score").terms["critic AdamW moments"] == 0
+    assert "critic AdamW moments" not in moment(first, "ppo", "score").terms
     # A second optimiser step in the iteration finds the moments of the first.
-    assert moment(first, "ppo", "train critic").terms["critic AdamW moments"] > 0
-    assert moment(first, "ppo", "train critic").terms["actor AdamW moments"] == 0
+    found = moment(first, "ppo", "train critic").terms
+    assert found["critic AdamW moments"] == 8 * first.critic.sizes.total
+    assert "actor AdamW moments" not in found
     assert "train actor" not in [m.name for m in first.moments]
     later = Plan.of(run(ppo__critic_warmup_iterations=1))
     assert moment(later, "ppo", "train actor").terms["actor AdamW moments"] > 0
+
+
+def test_what_idles_waits_in_the_memory_of_the_host(run: Callable[..., RunConfig]):
+    there = Plan.of(run())
+    away = Plan.of(run(memory__offload_idle=True, ppo__minibatch_size=128))
+    actor, critic = away.actor.sizes.total, away.critic.sizes.total
+
+    def models(name: str) -> set[str]:
+        others = {"activations", "temporaries", "gathered weights", "KV cache"}
+        return {k for k, v in moment(away, "ppo", name).terms.items() if v} - others
+
+    assert models("generate") == {"actor"}
+    assert models("train critic") == {
+        "actor",
+        "critic",
+        "critic gradients",
+        "gradients on their way",
+        "actor gradients",
+    }
+    # With one step an iteration, states come one after the other, and the average last.
+    assert models("critic step") == {
+        "actor",
+        "critic",
+        "critic fp32 masters",
+        "critic AdamW moments",
+        "critic gradients and copies",
+        "actor gradients",
+    }
+    assert models("actor step") >= {"critic AdamW moments", "actor AdamW moments"}
+    assert "EMA" not in models("actor step")
+    assert away.fullest.peak < there.fullest.peak
+    assert away.ppo.host_bytes == 14 * critic + 2 * critic + 12 * actor + 2 * actor + 4 * actor
+
+
+def test_four_roles_on_one_base_hold_it_once(run: Callable[..., RunConfig]):
+    changes = {f"{engine}_engine__lora__rank": 8 for engine in ("actor", "critic")}
+    plan = Plan.of(run(reward__init_from="sft", memory__shared_base=True, **changes))
+    terms = moment(plan, "ppo", "generate").terms
+    adapters = plan.actor.sizes.adapters
+    assert terms["base"] == 2 * (plan.actor.sizes.total - adapters)
+    assert terms["actor"] == 2 * adapters
+    assert terms["critic"] == terms["reward model"] == 2 * (adapters + 256)  # and a head
+    assert "ref" not in terms
+    # Generation adds the adapters into a copy of what they adapt.
+    assert terms["merged adapters"] == 2 * plan.actor.sizes.matrices
+
+
+def test_a_micro_batch_of_tokens_has_as_many_rows_as_fit(run: Callable[..., RunConfig]):
+    rows, tokens = (
+        Plan.of(run(**{f"ppo__micro_batch_{unit}": n}))
+        for unit, n in (("size", 4), ("tokens", 4 * 64 + 63))
+    )
+    assert moment(rows, "ppo", "train actor") == moment(tokens, "ppo", "train actor")
 
 
 def test_a_smaller_micro_batch_takes_as_much_less(run: Callable[..., RunConfig]):

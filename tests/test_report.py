@@ -120,6 +120,22 @@ def test_seconds_throughput_and_shares_by_hand(built):
     assert made["phase_shares"] == {"generate": 0.25, "train": 0.75}
 
 
+def test_memory_as_predicted_and_measured_stands_in_the_report(run_dir, evaluation):
+    gib = 2**30
+    values = {"memory/train/predicted_gib": 5.0, "memory/train/measured_gib": 4.5}
+    with MetricsLog(run_dir / "sft", tensorboard=False) as log:
+        log(3, values)
+    summary = {"seconds": 1.0, "tokens": 1, "phases": {"train": {"seconds": 1.0, "tokens": 1}}}
+    summary["phases"]["train"]["peak_bytes"] = 6 * gib
+    (run_dir / "sft" / "summary.json").write_text(json.dumps(summary))
+    made = report.build(run_dir, evaluation=evaluation)
+    assert made["memory"]["sft"] == {"train": {"predicted": 5.0, "measured": 4.5, "peak": 6.0}}
+    assert made["memory"]["ppo"] == {}  # of a run without a GPU
+    assert "peak memory, GiB, sft: train 6.0 (predicted 5.0)" in report._lines(made)
+    page = (run_dir / "report.html").read_text()
+    assert "<td>6.0</td><td>5.0</td><td>4.5</td>" in page
+
+
 def test_an_unfinished_runs_total_is_the_sum_of_its_stages(run_dir, evaluation):
     record = json.loads((run_dir / "run.json").read_text())
     (run_dir / "run.json").write_text(json.dumps({**record, "finished": None}))

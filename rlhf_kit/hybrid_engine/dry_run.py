@@ -279,9 +279,9 @@ def _measure(model: Model, run: Callable[..., Tensor], *shape: int) -> Pass:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_take)
         known = [*module.parameters(), *module.buffers()]
-        # Asked are masks, whether they are all True (there is padding, unless there is no mask),
-        # and positions, whether all are of one sequence.
-        with fused_attention(), Watch(known, answer=run is passes.text) as watch:
+        # Asked are positions, whether all are of one sequence, and a mask, whether it is all True:
+        # pairs alone have one, and it has padding in it.
+        with fused_attention(), Watch(known, answer=run is not passes.pairs) as watch:
             result = run(module, *shape)
             kept = watch.live
             if result.requires_grad:

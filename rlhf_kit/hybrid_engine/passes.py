@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rlhf_kit import functional as f
 from rlhf_kit.hybrid_engine.watch import Fused, attending
-from rlhf_kit.models import position_ids
 from rlhf_kit.token_logprobs import chosen_logprobs
 
 
@@ -27,41 +26,31 @@ def _mask(*shape: int) -> Tensor:
 def _chosen(
     module: Any, rows: int, prompt: int, response: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Logprobs and entropies [B, R] of the responses of left-padded rows."""
-    mask = _mask(rows, prompt + response)
-    found = chosen_logprobs(
-        module,
-        ids(rows, prompt + response),
-        ids(rows * response),
-        chunk=chunk,
-        entropy=True,
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-    )
-    return found[0].view(rows, response), found[1].view(rows, response)
+    """Logprobs and entropies [B * R] of the responses, of rows that need no mask."""
+    places = ids(rows * response)
+    return chosen_logprobs(module, ids(rows, prompt + response), places, chunk=chunk, entropy=True)
 
 
 def policy(module: Any, rows: int, prompt: int, response: int, chunk: int) -> Tensor:
     logprobs, _ = _chosen(module, rows, prompt, response, chunk)
-    old, mask = torch.zeros_like(logprobs), _mask(rows, response)
+    old, mask = torch.zeros_like(logprobs), _mask(rows * response)
     return f.policy_loss(logprobs, old, old, mask, clip_ratio=0.2, denominator=1.0)[0]
 
 
 def text(module: Any, rows: int, length: int, chunk: int) -> Tensor:
-    # On the right of a text padding needs no mask.
     return -chosen_logprobs(module, ids(rows, length), ids(rows * length), chunk=chunk)[0].sum()
 
 
 def value(module: Any, rows: int, prompt: int, response: int) -> Tensor:
-    values = module(ids(rows, prompt + response), _mask(rows, prompt + response))
-    values = values[:, -response - 1 : -1]
-    old, mask = torch.zeros_like(values), _mask(rows, response)
-    return f.value_loss(values, old, old, mask, value_clip=0.2, denominator=1.0)[0]
+    read = module(ids(rows, prompt + response)).flatten()
+    read = read.index_select(0, ids(rows * response))
+    old, mask = torch.zeros_like(read), _mask(rows * response)
+    return f.value_loss(read, old, old, mask, value_clip=0.2, denominator=1.0)[0]
 
 
 def pairs(module: Any, pairs: int, length: int) -> Tensor:
-    values = module(ids(2 * pairs, length), _mask(2 * pairs, length))
-    chosen, rejected = values[:, -1].chunk(2)
+    read = module(ids(2 * pairs, length), _mask(2 * pairs, length))
+    chosen, rejected = read[:, -1].chunk(2)
     return f.pairwise_loss(chosen, rejected, denominator=1.0)[0]
 
 
@@ -72,7 +61,7 @@ def logprobs(module: Any, rows: int, prompt: int, response: int, chunk: int) -> 
 
 @torch.no_grad()
 def values(module: Any, rows: int, length: int) -> Tensor:
-    return module(ids(rows, length), _mask(rows, length))
+    return module(ids(rows, length))
 
 
 @torch.no_grad()

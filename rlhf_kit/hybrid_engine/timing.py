@@ -55,9 +55,9 @@ def seconds(plan: Plan, device: Device) -> Seconds:
         ("ppo", "generate"): clock.generate(rows),
         ("ppo", "score"): sum(clock.forward(m, rows, sequence, response) for m in models),
         ("ppo", "train critic"): ppo.epochs * value,
-        ("ppo", "critic step"): plan.steps * clock.step(*critic),
+        ("ppo", "critic step"): plan.ppo.steps * clock.step(*critic),
         ("ppo", "train actor"): ppo.epochs * policy,
-        ("ppo", "actor step"): plan.steps * clock.step(*actor),
+        ("ppo", "actor step"): plan.ppo.steps * clock.step(*actor),
     }
 
 
@@ -123,10 +123,10 @@ class _Clock:
         config, model = self.plan.config, self.plan.actor
         prompt, response = config.data.max_prompt_length, config.generation.max_new_tokens
         slots = min(config.generation.slots, rows)
-        cached = slots * (prompt + response / 2) * self.plan.kv_bytes
-        sizes = model.sizes
+        sizes, parts = model.sizes, config.actor_engine.generation_tp
+        cached = slots * (prompt + response / 2) * model.element_size * sizes.kv
         weights = sizes.matrices + sizes.adapters + sizes.head
-        read = (model.element_size * weights + cached) / self.bandwidth
+        read = (model.element_size * weights / parts + cached) / self.bandwidth
         work = (operations(model, slots, 1) + 2 * sizes.head * slots) / self.flops
         gathered = self.others(model.bytes) if config.actor_engine.zero_stage == 3 else 0.0
         prefill = self.forward(model, rows, prompt, 1)
