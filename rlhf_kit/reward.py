@@ -96,7 +96,7 @@ class RewardTrainer:
     def _pair_scores(self, rows: Sequence[EncodedPair]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected responses, from one forward."""
         batch = collate_pairs(rows, pad_token_id=self.pad_token_id).to(self.engine.device)
-        values = self.engine(batch.input_ids, batch.attention_mask)
+        values = self.engine(batch.input_ids)  # padded on the right: no mask
         chosen, rejected = last_token_scores(values, batch.last_index).chunk(2)
         return chosen, rejected
 
@@ -174,7 +174,7 @@ class RewardTrainer:
             for start in range(0, len(rows), 2 * size):  # a pair is two rows
                 part = rows[start : start + 2 * size]
                 batch = collate_scored(part, pad_token_id=self.pad_token_id).to(self.engine.device)
-                values = self.engine(batch.input_ids, batch.attention_mask)
+                values = self.engine(batch.input_ids)  # padded on the right: no mask
                 parts.append(last_token_scores(values, batch.last_index))
             return torch.cat(parts).double()
 

@@ -114,7 +114,7 @@ class SharedBase:
 
 
 def share_base(model: Any, reward_directory: str, args: RunConfig) -> SharedBase:
-    """Put the three adapters into `model`, a causal LM, in place, and freeze it.
+    """Put the adapters of all roles into `model`, a causal LM, in place, and freeze it.
 
     ValueError where the reward model has no adapter, or one of another base or shape.
     """
@@ -143,30 +143,36 @@ def share_base(model: Any, reward_directory: str, args: RunConfig) -> SharedBase
         f"critic_engine.lora has rank {lora.rank} and alpha {lora.alpha}, and the reward model in "
         f"{reward_directory} {adapter.rank} and {adapter.alpha}; set critic_engine.lora to these",
     )
+    mean, std = saved_normalisation(AutoConfig.from_pretrained(path, local_files_only=True))
+    return with_roles(model, adapter, args, where=reward_directory, mean=mean, std=std)
+
+
+def with_roles(
+    model: Any, adapter: Adapter, args: RunConfig, *, where: str, mean: float, std: float
+) -> SharedBase:
+    """The roles on `model`; `adapter` is the reward model's and, as a copy, the critic's.
+
+    `mean` and `std` are the reward model's normalisation, `where` is its name in a ValueError.
+    """
     with warnings.catch_warnings():  # peft warns of a second adapter, which is the point here
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         add_lora(model, args.actor_engine.lora, name="actor")
         for name in ("critic", "reward"):
-            add_lora(model, _like(lora, adapter), name=name)
-            load_into(model, adapter, name, where=reward_directory)
-    model.requires_grad_(False)
+            add_lora(model, _like(adapter), name=name)
+            load_into(model, adapter, name, where=where)
     switch = AdapterSwitch(model, resting="actor")
     dtype = next(model.base_model.parameters()).dtype
+    model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         if found := LORA.search(name):
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(found[2] != "reward")
-    mean, std = saved_normalisation(AutoConfig.from_pretrained(path, local_files_only=True))
     critic = ValueModel(_Scorer(model, _head(adapter, dtype)), mean=mean, std=std)
     reward = ValueModel(_Scorer(model, _head(adapter, dtype))).requires_grad_(False)
+    trained = _adapter_of(model, "critic") | dict(critic.named_parameters())
     return SharedBase(
         actor=Role(model, switch, "actor", _adapter_of(model, "actor")),
-        critic=Role(
-            critic,
-            switch,
-            "critic",
-            _adapter_of(model, "critic") | dict(critic.named_parameters()),
-        ),
+        critic=Role(critic, switch, "critic", trained),
         reward=Role(reward, switch, "reward", dict(reward.named_parameters())),
         switch=switch,
         score_mean=mean,
@@ -174,9 +180,8 @@ def share_base(model: Any, reward_directory: str, args: RunConfig) -> SharedBase
     )
 
 
-def _like(lora: LoRAConfig, adapter: Adapter) -> LoRAConfig:
-    """`lora` on the layers of an adapter that was read."""
-    return LoRAConfig(lora.rank, lora.alpha, 0.0, ",".join(adapter.target_modules))
+def _like(adapter: Adapter) -> LoRAConfig:
+    return LoRAConfig(adapter.rank, adapter.alpha, 0.0, ",".join(adapter.target_modules))
 
 
 def _head(adapter: Adapter, dtype: torch.dtype) -> nn.Linear:

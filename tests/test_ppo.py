@@ -144,6 +144,34 @@ def test_training_raises_the_logprob_of_what_scored_well(
     assert float(gain.sum()) > 0
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("lora", [0, 4])
+def test_gradient_checkpointing_gives_the_same_step(
+    stage: int, lora: int, build: Build, tiny_args: Args, prompts: Prompts
+):
+    ends = []
+    for checkpointing in (False, True):
+        engines = {
+            f"{role}_engine__{name}": value
+            for role in ("actor", "critic")
+            for name, value in (
+                ("gradient_checkpointing", checkpointing),
+                ("zero_stage", stage),
+                ("lora__rank", lora),
+            )
+        }
+        engine = build(tiny_args(**engines))
+        trainer = PPOTrainer(engine=engine, args=engine.args)
+        layers = [engine.actor.module.model.layers, engine.critic.module.scorer.model.layers]
+        assert all(part[0].gradient_checkpointing == checkpointing for part in layers)
+        metrics = trainer.step(trainer.generate_experience(prompts()))
+        ends.append(
+            {key: metrics[key] for key in metrics if key.split("/")[0] in ("optim", "value")}
+        )
+    assert ends[0]["optim/actor_grad_norm"] > 0
+    assert ends[1] == pytest.approx(ends[0], rel=1e-6)
+
+
 # LoRA --------------------------------------------------------------------------------------
 
 

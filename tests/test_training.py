@@ -178,6 +178,29 @@ def test_offload_and_gradient_checkpointing_change_no_loss(
     assert losses == pytest.approx([loss for loss, _, _ in plain["history"]], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype", "weights", "states"),
+    [(0, "fp32", 4, 8), (1, "fp32", 4, 12), (0, "bf16", 2, 12), (2, "bf16", 2, 12)],
+)
+def test_an_engine_keeps_as_many_bytes_a_parameter_as_it_says(
+    stage: int, dtype: str, weights: int, states: int, tokenizer: Any
+):
+    model = tiny_model("llama", tokenizer, eos_scale=1.0)
+    engine = TrainingEngine(
+        model.bfloat16() if dtype == "bf16" else model,
+        EngineConfig(zero_stage=stage, dtype=dtype),
+        OPTIMIZER,
+        total_steps=STEPS,
+    )
+    trainer = SFTTrainer(engine, SFTConfig(), pad_token_id=tokenizer.pad_token_id)
+    trainer.step(batches(tokenizer)[0])
+    engine.leave(weights=True)
+    count = sum(p.numel() for p in model.parameters())
+    assert engine._weights.nbytes == pytest.approx(weights * count, rel=1e-3)
+    assert engine._states.nbytes == pytest.approx(states * count, rel=1e-3)
+    trainer.step(batches(tokenizer)[1])
+
+
 def test_gradients_do_not_survive_the_step(tokenizer: Any):
     model = tiny_llama(tokenizer)
     engine = TrainingEngine(model, EngineConfig(), OPTIMIZER, total_steps=9)

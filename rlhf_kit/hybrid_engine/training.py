@@ -115,6 +115,20 @@ class TrainingEngine:
 
     Losses passed to `backward` are already divided by the token count of the *global* minibatch,
     so gradients add up over micro-batches and ranks; DeepSpeed's own divisions are undone.
+
+    Bytes of a GPU for each trained parameter, on one of R ranks (DeepSpeed 0.19.8, AdamW). A frozen
+    one takes its weight alone, and under ZeRO-3 that of all ranks together.
+
+    | | weights | masters | moments | summed gradients | their copies in `step` |
+    |---|---|---|---|---|---|
+    | fp32, ZeRO 0 | 4 | | 8 | 4 | |
+    | fp32, ZeRO 1, 2 | 4 | 4/R | 8/R | 4; ZeRO 2: 4/R | 4/R |
+    | bf16, ZeRO 0, 1, 2 | 2 | 4/R | 8/R | 2; ZeRO 2: 2/R | 2/R and in fp32 4/R |
+    | bf16, ZeRO 3 | 2/R | 4/R | 8/R | 2/R | 2/R and in fp32 4/R |
+
+    Moments come with the first step; gradients and their copies go with each. A bucket of
+    `REDUCE_BUCKET` gradients comes on top. `leave` takes masters and moments off the device until
+    the next step, and offload_optimizer has them on the CPU always, where AdamW then runs.
     """
 
     def __init__(
