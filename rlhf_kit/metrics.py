@@ -286,7 +286,7 @@ class Phases:
         }
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """`{name: {"seconds": ..., "tokens": ...}}`, for a stage's summary.json; and `peak_bytes`."""
+        """`{name: {"seconds": ..., "tokens": ..., "peak_bytes": ...}}`, for a summary.json."""
         return {
             name: {key: value for key, value in vars(phase).items() if key != "peak_bytes" or value}
             for name, phase in self.totals.items()

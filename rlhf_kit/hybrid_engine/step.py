@@ -78,9 +78,9 @@ class Step:
         self.slots.sample(self._logits(n), self.slots.order[:n], config)
 
     def _logits(self, n: int) -> Tensor:
-        """[N, V] logits of the tokens that follow; their keys and values are in the cache after."""
+        """[N, V] logits of the tokens that follow; keys and values go into the cache."""
         token, length = self.slots.state[TOKEN, :n], self.slots.state[LENGTH, :n]
-        # Not through __call__: DeepSpeed's hooks there are about training, and may wait for the GPU.
+        # Not through __call__: DeepSpeed's hooks there are about training, and wait for the GPU.
         return self.model.forward(
             input_ids=token[None], position_ids=length[None], use_cache=False, plan=length
         ).logits[0]
