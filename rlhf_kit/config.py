@@ -782,6 +782,8 @@ def consumer() -> RunConfig:
             critic_optimizer=OptimizerConfig(learning_rate=5e-6, eps=1e-5, schedule="linear"),
             critic_warmup_iterations=10,
         ),
+        # Without these PPO's optimiser steps do not fit beside all that is not needed just then.
+        memory=MemoryConfig(offload_idle=True, logprob_chunk=256),
     )
 
 
