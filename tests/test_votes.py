@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rlhf_kit.blending import Blend
+from rlhf_kit.checkpoint import is_complete
 from rlhf_kit.cli import main
-from rlhf_kit.config import DataConfig, EngineConfig, OptimizerConfig, RewardConfig, SourceConfig
-from rlhf_kit.hybrid_engine.training import TrainingEngine
-from rlhf_kit.models import ValueModel, load_scorer
-from rlhf_kit.reward import RewardTrainer
-from rlhf_kit.tokenization import encode_pairs
-from rlhf_kit.votes import from_votes, preferences, read_votes
+from rlhf_kit.config import SourceConfig, from_dict
+from rlhf_kit.pipeline import NOTEBOOKS, open_run, read_record
+from rlhf_kit.votes import preferences, read_votes
 
 
 def vote(number: int, verdict: str = "a", **changes: Any) -> dict[str, Any]:
@@ -142,27 +139,20 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_a_reward_model_trains_on_votes(
-    tmp_path: Path, model_dir: Callable[..., str], tokenizer: Any
+def test_notebook_03_trains_a_reward_model_on_votes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    votes = [vote(n, "ab"[n % 2], a_response="yes", b_response="no") for n in range(40)]
+    votes = [vote(n, "ab"[n % 2], a_response="yes", b_response="no") for n in range(60)]
     write(tmp_path / "votes.jsonl", *votes)
-    _, path = from_votes(tmp_path)
-    data = DataConfig(sources=(SourceConfig(str(path)),), split=(0.1, 0.8, 0.1), eval_share=0.1)
-    pairs = Blend(data, seed=1)["reward"]
+    assert main(["data", "from-votes", str(tmp_path)]) == 0
+    run, source = tmp_path / "run", SourceConfig(str(tmp_path / "preferences.jsonl"))
+    open_run(run, preset_name="toy", changes={"data__sources": (source,)}, resume=False, command="")
+    pairs = Blend(from_dict(read_record(run)["config"]).data, seed=1)["reward"]
     assert {(p.chosen, p.rejected) for p in pairs} == {("yes", "no"), ("no", "yes")}
-    rows = encode_pairs(tokenizer, pairs, data).rows
-    torch.manual_seed(6)
-    engine = TrainingEngine(
-        ValueModel(load_scorer(model_dir(), tokenizer)),
-        EngineConfig(),
-        OptimizerConfig(learning_rate=3e-3, schedule="constant"),
-        total_steps=4,
-    )
-    before = engine.module.scorer.score.weight.detach().clone()
-    trainer = RewardTrainer(
-        engine, RewardConfig(micro_batch_size=8), pad_token_id=tokenizer.pad_token_id
-    )
-    metrics = trainer.step(rows[:8])
-    assert all(map(torch.isfinite, map(torch.tensor, metrics.values())))
-    assert not torch.equal(before, engine.module.scorer.score.weight)
+    words = ["--run_dir", str(run), "--init_from", "base", "--epochs", "1"]
+    assert main(["run", str(NOTEBOOKS / "03_reward_model.py"), *words]) == 0
+    assert f"{len(pairs)} pairs" in capfd.readouterr().out
+    metrics = map(json.loads, (run / "reward/metrics.jsonl").read_text().splitlines())
+    losses = [row["loss/train"] for row in metrics if "loss/train" in row]
+    assert losses and all(map(math.isfinite, losses))
+    assert is_complete(run / "reward/final")
