@@ -927,7 +927,7 @@ else:
 #    start from the preset's.)
 # 3. Score with the *smaller* of the weak model's and the witness's score, a
 #    two-model ensemble (Coste et al. 2024). Does the turn come later?
-#    (Hint: a subclass of the engine with its own `score`; both are raw
+#    (Hint: a subclass of the engine with its own `scores`; both are raw
 #    scores, so normalise each first.)
 # 4. Stop at the peak without looking at the gold score: write a rule from
 #    the table of section 10, and test it with three other values of `seed`.
