@@ -30,7 +30,8 @@ from rlhf_kit.hybrid_engine.kv_cache import KVCache
 from rlhf_kit.hybrid_engine.slots import LENGTH, TOKEN, Slots
 
 BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Numbers of rows that graphs are captured for; fewer rows run in the next larger one."""
+"""Numbers of rows that graphs are captured for, and multiples of the last; other numbers run in
+the next larger one."""
 
 
 class Step:
@@ -51,7 +52,9 @@ class Step:
         """Rows that are computed for n of them."""
         if not self.captured:
             return n
-        return min(next((b for b in BUCKETS if b >= n), n), self.cache.slots)
+        most = BUCKETS[-1]
+        rounded = next((b for b in BUCKETS if b >= n), -(-n // most) * most)
+        return min(rounded, self.cache.slots)
 
     def check_addresses(self) -> None:
         """Drop the graphs where a parameter has moved since they were made."""
