@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 BACKEND = "inductor"
 VARIANTS = 64
@@ -54,7 +55,7 @@ def _open_length(layer: nn.Module) -> Callable[..., Any]:
     compiled = _compiled(type(layer), [name for name, _ in layer.named_modules()])
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
+        for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 # [1, N, ...] or [N]; marked, or the second number of rows would compile again.
                 torch._dynamo.maybe_mark_dynamic(tensor, min(1, tensor.dim() - 1))
@@ -104,7 +105,7 @@ def join_linears(graph: torch.fx.GraphModule, names: Sequence[str]) -> None:
             joined = graph.graph.call_function(
                 torch.ops.rlhf_kit.linears.default, (source, weights, biases)
             )
-            sizes = [weight.meta["example_value"].shape[0] for weight in weights]
+            sizes = [_example(weight).shape[0] for weight in weights]
             begin = 0
             for node, size in zip(nodes, sizes, strict=True):
                 part = graph.graph.call_function(torch.narrow, (joined, -1, begin, size))
@@ -124,7 +125,7 @@ def fuse_relu(graph: torch.fx.GraphModule) -> None:
         if linear.target is not F.linear or len(linear.users) > 1 or len(linear.args) < 3:
             continue
         source, weight, bias = linear.args
-        if bias is None or source.meta["example_value"].dim() != 2:
+        if bias is None or _example(source).dim() != 2:
             continue
         with graph.graph.inserting_before(node):
             transposed = graph.graph.call_function(torch.t, (weight,))
@@ -151,6 +152,11 @@ def fold_scale(graph: torch.fx.GraphModule) -> None:
             node.update_arg(6, node.args[6] * number)
             graph.graph.erase_node(query)
     graph.recompile()
+
+
+def _example(node: Any) -> Tensor:
+    """A tensor of the shape that a traced value has."""
+    return node.meta["example_value"]
 
 
 def _place(node: torch.fx.Node, names: Sequence[str]) -> int:

@@ -94,6 +94,8 @@ class Step:
         Until slots advance, running it twice is running it once: a token is stored where it
         stood. So the first run may take the live slots.
         """
+        from torch._dynamo.exc import TorchDynamoException
+
         with ExitStack() as stack:
             stack.enter_context(own_attention(self.model, STEP_NAME))
             stack.enter_context(attach(self.model, self.cache))
@@ -104,7 +106,7 @@ class Step:
             with torch.cuda.stream(side):
                 try:
                     self._warm_up(n, config)
-                except torch._dynamo.exc.TorchDynamoException as error:
+                except TorchDynamoException as error:
                     print_main(
                         f"the layers of {type(self.model).__name__} can't be compiled and run as "
                         f"they are: {first_line(error)}"
