@@ -442,9 +442,9 @@ for n in (n for n in (1, 2, 4, 8, 16, 32) if n <= samples):
 
 # %% [markdown]
 # As we can see, 16 responses to choose from lift the gold score from
-# 0.62 to 0.83 for less than two nats, with the *same* weak reward model and
+# 0.61 to 0.83 for less than two nats, with the *same* weak reward model and
 # no training at all. Each doubling buys less than the one before. Keep that
-# last number: it is hard to beat. (With 16 responses a prompt, SFT's 0.62
+# last number: it is hard to beat. (With 16 responses a prompt, SFT's 0.61
 # is also the better estimate; one response a prompt gives 0.65 below.)
 
 # %% [markdown]
@@ -619,11 +619,11 @@ residual = gain - terms @ (alpha, beta)
 print_main(f"largest miss {np.abs(residual).max():.3f}")
 
 # %% [markdown]
-# Honestly: not well. The law misses by up to 0.18. It describes runs whose
-# KL grows steadily, and this one is 15 nats away by iteration 20, then
-# moves sideways: it passes a model worth 0.64 and ends at one worth
-# 0.34, about equally far from the SFT model. Distance is the room to do
-# damage in, not the damage.
+# Honestly: not well. The law misses by up to 0.12. It describes runs whose
+# KL grows steadily, and this one is 10 nats away by iteration 20 and 16 by
+# iteration 30, then moves sideways: it passes a model worth 0.63 and ends at
+# one worth 0.47, about equally far from the SFT model. Distance is the room
+# to do damage in, not the damage.
 
 # %% [markdown]
 # ## 8. What the model says
@@ -648,8 +648,9 @@ if launch.in_notebook():
     show(max(prompts // 6, 1))
 
 # %% [markdown]
-# Without a penalty the model refuses *everything*, the first word of a list
-# included, and the reward model loves it. Why? Look for refusals in its pairs.
+# Without a penalty the model refuses almost everything, a greeting and a list
+# of vehicles included, and the reward model loves it. Why? Look for refusals
+# in its pairs.
 
 
 # %%
@@ -690,7 +691,7 @@ for name, point in table.items():
     )
 
 # %% [markdown]
-# Correctness, from 0.68 to 0.09. Being right takes a different answer to each
+# Correctness, from 0.68 to 0.24. Being right takes a different answer to each
 # prompt. Brief and harmless can be said to all of them in one sentence.
 
 # %% [markdown]
@@ -731,10 +732,10 @@ for point in free:
     )
 
 # %% [markdown]
-# No. The EMA follows a few iterations behind: at iteration 50 it was worth
-# 0.52 where the live actor had 0.43, at the end the two are equal within
-# their intervals. An average smooths noise. It cannot undo a trend. With the
-# penalty, final and EMA cannot be told apart either.
+# Hardly. The EMA follows a few iterations behind, so it is a little better
+# for as long as the gold score falls: at the end 0.54 where the live actor
+# has 0.47, and both far below SFT's. An average smooths noise. It cannot undo
+# a trend. With the penalty, final and EMA cannot be told apart.
 #
 # And greedily even the penalised model gains nothing over SFT. What it gains
 # when sampled is certainty: it says its likely answers more often. A weak
@@ -773,11 +774,12 @@ plot_curves(list(logged.values()), panels, xlabel="iteration")
 # - The **witness** does not warn here. It rises with the proxy, although it
 #   shares no pair with the weak model: its own pairs have the same gap.
 #   Eisenstein et al. (2023) found as much for whole ensembles.
-# - **KL** says early that the walk is long, 15 nats by iteration 20, but
+# - **KL** says early that the walk is long, 10 nats by iteration 20, but
 #   not where it leads.
 # - **Entropy** falls towards 0, and **distinct** responses with it, from
-#   0.98 to 0.06. These two tell a collapse from progress.
-# - **Length** hardly moves. It is a warning only where length is the error.
+#   0.98 to 0.29. These two tell a collapse from progress.
+# - **Length** falls and rises again. It is a warning only where length is the
+#   error.
 # - Five **samples**, read aloud, say it all. `rlhf-kit train` keeps some of
 #   every iteration in `ppo/samples.jsonl`. Read them.
 
@@ -952,9 +954,9 @@ else:
 #
 # Sections 1 to 10: one seed, one weak reward model, 128 prompts, and settings
 # chosen (on the validation split) because they show the effect. The numbers
-# in the text are from two CPU cores on 2026-11-22 with the SFT model of
-# notebook 02; another thread count rounds differently, and PPO amplifies
-# that.
+# in the text are from one thread on 2026-11-26 with the SFT model of notebook
+# 02; another thread count rounds differently, and PPO amplifies that:
+# an earlier run on two cores ended at 0.34.
 #
 # Another seed is another blind spot. With `--seed 2` and a SFT model of 1500
 # demonstrations, PPO without a penalty turned polite and wrong instead:

@@ -206,6 +206,8 @@ def plot_bands(
                 ax.plot(x, mean, linestyle=line, color=color, label=name)
                 ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            whole = all(float(p["x"]).is_integer() for points in lines.values() for p in points)
+            ax.locator_params(axis="x", nbins=6, integer=whole)
             _legend(ax)
     return figure
 
