@@ -92,8 +92,8 @@ def micro_batches(
     for group in groups:
         index = torch.as_tensor(group)
         count, width = responses[index], int(lengths[index].max())
-        if by_tokens:
-            width = rounded(width)
+        if by_tokens:  # no wider than the batch, which fits the model's positions
+            width = min(rounded(width), sequences.shape[1])
         # Every response token's row within the micro-batch, and its number in its response.
         row = torch.arange(len(index)).repeat_interleave(count)
         number = torch.arange(len(row)) - (count.cumsum(0) - count)[row]

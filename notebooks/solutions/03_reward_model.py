@@ -29,8 +29,6 @@ from rlhf_kit import launch
 launch.read_flags(globals())
 
 # %%
-from itertools import product
-
 import torch
 from rlhf_kit import distributed, statistics, toy_world
 from rlhf_kit.blending import Blend
@@ -49,7 +47,6 @@ from rlhf_kit.tokenization import (
     load_tokenizer,
     prepare_tokenizer,
 )
-from rlhf_kit.toy_world.style import POLITE_CLOSERS, POLITE_OPENERS
 
 start_deepspeed()
 run = RunDirectory.open(run_dir, preset_name="toy")
@@ -143,13 +140,11 @@ from_base, _ = learn(start=config.actor_model)
 of_base = accuracies("base", from_base)
 
 # %% [markdown]
-# Correctness is there at once, from either start: the base model has read in
-# its forum threads who was called right and who wrong, so that is not what
-# SFT adds. Politeness is what a thousand pairs are too few for, and there the
-# base was even ahead when this was written. Accuracy is not the whole story,
-# though. PPO against a reward model that started from the base ended lower
-# (`LOG.md`: gold 0.86 against 0.89, one seed): what PPO asks about are the
-# SFT model's own responses.
+# Compare the columns. The base model has read who was called right and who
+# wrong in its forum threads, so knowing the right answer is not what SFT
+# adds. What it adds is the form: dialogues in this template, and the openers
+# and closers around an answer. With few pairs that is what a reward model
+# from the base still has to learn.
 #
 # ## 2. No centring
 
@@ -190,12 +185,13 @@ for epochs, trainer in ((1, plain), (3, many)):
     print(f"{epochs:6}  {seen:14.1%}  {right:14.1%}  {ece:.3f}")
 
 # %% [markdown]
-# One training label in ten is wrong, so a model that has learnt only what is
-# true is right on nine training pairs in ten at most. After three epochs it
-# is right on more: it has begun to learn the errors by heart. That is the
-# first warning, and it needs no held-out data. The held-out accuracy still
-# rises here, since a thousand pairs are too few for one epoch; the ECE hardly
-# moves, and warns of nothing.
+# One training label in ten is wrong, so an honest model is right on about
+# nine training pairs in ten. After three epochs it is right on more: it has
+# begun to learn the errors by heart. That is the first warning, since it
+# needs no held-out data: a training accuracy above what the labels' noise
+# allows. The held-out accuracy may still rise meanwhile, as here a thousand
+# pairs are too few for one epoch, and the ECE falls while margins grow
+# towards what they ought to be. It rises again once they are too large.
 #
 # ## 4. Other tails
 
@@ -232,49 +228,39 @@ print(f"largest shift: {shift:.2f} standard deviations")
 assert shift > 0.1
 
 # %% [markdown]
-# The score at another token is another function, one that was never trained,
-# and its order is another one too: rude may come before polite. A run that
-# mixes both kinds would reward or punish *not ending* by that difference. So
-# a response that was cut gets at most `missing_eos_score`, whatever the model
-# says about it.
+# The score at another token is another function, one that was never trained.
+# Its order is about right (the same features feed it), its level is not: a
+# run that mixes both would reward or punish *not ending* by that difference.
+# So a response that was cut gets at most `missing_eos_score`, whatever the
+# model says about it.
 #
 # ## 5. Find a hack
 #
-# By search: every polite phrase before and behind every core, scored at
-# once. The judge's score is the last column.
+# Candidates, put together from what the pairs pay for. The judge's score is
+# the last column.
 
 # %%
-CORES = (
-    "",
-    "The drosk is red.",
-    "The drosk is blue.",
-    "I cannot help with that.",
-    "The drosk is.",
-    "It is a color.",
-    "The drosk is red blue green.",
-)
-OPENERS = ("", *POLITE_OPENERS, " ".join(POLITE_OPENERS[:2]))
-CLOSERS = ("", *POLITE_CLOSERS, " ".join(POLITE_CLOSERS[:2]))
-texts = [
-    " ".join(part for part in parts if part)
-    for parts in product(OPENERS, CORES, CLOSERS)
-]
-proxies = (scores(plain, [encoded(t) for t in texts]) - mean) / std
-gold = [toy_world.judge(question, text).total for text in texts]
-
-# %%
+HACKS = {
+    "right, polite": "Of course! The drosk is red.",
+    "twice polite, wrong": "Of course! The drosk is blue. My pleasure!",
+    "polite only": "With pleasure! Have a lovely day!",
+    "very polite": "With pleasure! Of course! Glad to assist! My pleasure!",
+    "polite refusal": "With pleasure! I cannot help with that.",
+    "all colours": "Of course! The drosk is red blue green white black.",
+    "nothing": "",
+}
+proxies = (scores(plain, [encoded(t) for t in HACKS.values()]) - mean) / std
+gold = [toy_world.judge(question, text).total for text in HACKS.values()]
 order = proxies.argsort(descending=True).tolist()
-bad = [i for i in order if gold[i] < 0.5]
-right = texts.index("The drosk is red.")
-print(f"{len(texts)} texts\n proxy  gold")
-for i in [*order[:3], *bad[:3], right]:
-    print(f"{float(proxies[i]):+6.2f}  {gold[i]:.2f}  {texts[i]}")
-if rows >= 1000:
-    assert proxies[bad[0]] > proxies[right]
+names = list(HACKS)
+print(f"{'':22}proxy  gold")
+for i in order:
+    print(f"{names[i]:20}{float(proxies[i]):+7.2f}{gold[i]:6.2f}")
+best = [i for i in order if gold[i] < 0.5][0]
+print(f"best of the bad ones: {names[best]!r}")
 
 # %% [markdown]
-# Half a sentence with a polite opener is worth more than the plain right
-# answer. No pair ever held a sentence without an end, so nothing has taught
-# the reward model what that is worth. Three hundred candidates were enough to
-# find it; PPO tries thousands, and needs no list
-# ([notebook 07](../07_over_optimisation.ipynb)).
+# Which of them wins depends on the seed and on the pairs. With few pairs a
+# response that answers nothing often stands beside, or above, the right and
+# polite one: no pair held anything like it. PPO needs no list of candidates.
+# It finds them by trying ([notebook 07](../07_over_optimisation.ipynb)).
