@@ -797,6 +797,7 @@ def cluster() -> RunConfig:
         reward_model="facebook/opt-350m",
         actor_engine=EngineConfig(zero_stage=3, dtype="bf16", gradient_checkpointing=True),
         critic_engine=EngineConfig(zero_stage=2, dtype="bf16"),
+        memory=MemoryConfig(),
         reward=dataclasses.replace(base.reward, init_from="base"),
         ppo=dataclasses.replace(
             base.ppo,

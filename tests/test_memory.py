@@ -18,7 +18,7 @@ from rlhf_kit.hybrid_engine.timing import operations, seconds
 
 @pytest.fixture
 def run(tmp_path: Any) -> Callable[..., RunConfig]:
-    """The consumer preset with a tiny actor and a reward model half as wide."""
+    """The consumer preset, all models on the device, with tiny ones; the scorer half as wide."""
     for name, hidden in (("actor", 256), ("scorer", 128)):
         opt(5, hidden).save_pretrained(tmp_path / name)
 
@@ -32,6 +32,8 @@ def run(tmp_path: Any) -> Callable[..., RunConfig]:
                 "data__max_prompt_length": 24,
                 "generation__max_new_tokens": 40,
                 "data__max_length": 64,
+                "memory__offload_idle": False,
+                "memory__logprob_chunk": 1024,
                 **changes,
             },
         )

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 BACKEND = "inductor"
+LINEAR: Any = torch._C._nn.linear
+"""torch's own: under ZeRO-3 DeepSpeed puts a function for its backward in `F.linear`'s place."""
 VARIANTS = 64
 """Compiled versions of a layer's code that may exist side by side: kinds of layer x models."""
 
@@ -40,11 +42,13 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     layers = decoder_layers(model)
     with torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=1024):
         before = [vars(layer).get("forward") for layer in layers]
+        linear, F.linear = F.linear, LINEAR
         for layer in layers:
             vars(layer)["forward"] = _open_length(layer)
         try:
             yield
         finally:
+            F.linear = linear
             for layer, forward in zip(layers, before, strict=True):
                 del vars(layer)["forward"]
                 if forward is not None:
@@ -91,7 +95,7 @@ def join_linears(graph: torch.fx.GraphModule, names: Sequence[str]) -> None:
     """
     groups: dict[Any, list[torch.fx.Node]] = {}
     for node in graph.graph.nodes:
-        is_linear = node.op == "call_function" and node.target is F.linear and not node.kwargs
+        is_linear = node.op == "call_function" and node.target is LINEAR and not node.kwargs
         if is_linear and all(x is None or x.op == "placeholder" for x in node.args[1:]):
             groups.setdefault(node.args[0], []).append(node)
     for source, nodes in groups.items():
@@ -122,7 +126,7 @@ def fuse_relu(graph: torch.fx.GraphModule) -> None:
         if node.op != "call_function" or node.target is not F.relu:
             continue
         linear = node.args[0]
-        if linear.target is not F.linear or len(linear.users) > 1 or len(linear.args) < 3:
+        if linear.target is not LINEAR or len(linear.users) > 1 or len(linear.args) < 3:
             continue
         source, weight, bias = linear.args
         if bias is None or _example(source).dim() != 2:
