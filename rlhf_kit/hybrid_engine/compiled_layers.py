@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 BACKEND = "inductor"
-LINEAR: Any = torch._C._nn.linear
+LINEAR: Any = torch._C._nn.linear  # type: ignore[attr-defined]
 """torch's own: under ZeRO-3 DeepSpeed puts a function for its backward in `F.linear`'s place."""
 VARIANTS = 64
 """Compiled versions of a layer's code that may exist side by side: kinds of layer x models."""
