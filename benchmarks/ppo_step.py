@@ -36,6 +36,7 @@ from rlhf_kit.config import (
     EngineConfig,
     GenerationConfig,
     LoRAConfig,
+    MemoryConfig,
     MixtureConfig,
     PPOConfig,
     RunConfig,
@@ -103,6 +104,17 @@ CASES: dict[str, Case] = {
     "opt-6.7b-48gb": Case("opt-6.7b", batch=64, micro_batch=8, slots=64, cap=48, changes=LEAN),
     "opt-13b-48gb": Case("opt-13b", batch=32, micro_batch=4, slots=32, cap=48, changes=LEAN),
     "opt-13b-80gb": Case("opt-13b", batch=64, micro_batch=8, slots=64, cap=80, changes=LEAN),
+    "opt-13b-lora": Case(
+        "opt-13b",
+        batch=128,
+        micro_batch=8,
+        slots=64,
+        changes=(
+            *LEAN,
+            ("actor_engine.lora.merge", True),
+            ("actor_engine.gradient_checkpointing", False),
+        ),
+    ),
     "opt-30b-80gb": Case("opt-30b", batch=16, micro_batch=2, slots=8, cap=80, changes=LEAN),
 }
 
@@ -114,6 +126,7 @@ def run_config(case: Case) -> RunConfig:
         preset("consumer"),
         actor_engine=dataclasses.replace(engine, lora=LoRAConfig(rank=0)),
         critic_engine=engine,
+        memory=MemoryConfig(),
         generation=GenerationConfig(max_new_tokens=NEW, slots=case.slots),
         ppo=PPOConfig(
             iterations=case.iterations,
