@@ -20,6 +20,7 @@ import dataclasses
 import gc
 import json
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shapes import SHAPES, causal_lm, environment, prompts, scorer, word_tokenizer
+from shapes import (
+    SHAPES,
+    causal_lm,
+    environment,
+    prompts,
+    scorer,
+    word_tokenizer,
+    write_config,
+)
 from torch import Tensor, nn
 
 from rlhf_kit import distributed, rlhf_engine
@@ -39,6 +48,7 @@ from rlhf_kit.config import (
     MemoryConfig,
     MixtureConfig,
     PPOConfig,
+    RewardConfig,
     RunConfig,
     override,
     preset,
@@ -71,6 +81,7 @@ class Case:
     """Settings of the run, by dotted name."""
 
 
+PLAIN = (("actor_engine.compile_layers", False), ("critic_engine.compile_layers", False))
 LEAN = (
     ("actor_engine.lora.rank", 8),
     ("actor_engine.lora.merge", False),
@@ -82,12 +93,14 @@ LEAN = (
 CASES: dict[str, Case] = {
     "tiny": Case("tiny", "tiny", batch=8, micro_batch=4, slots=4),
     "opt-1.3b": Case(iterations=3),
+    "opt-1.3b-not-compiled": Case(iterations=3, changes=PLAIN),
+
     "opt-1.3b-ragged": Case(
         batch=1024, slots=320, ragged=True, changes=(("ppo.micro_batch_tokens", 16384),)
     ),
     "opt-1.3b-zero2": Case(changes=(("actor_engine.zero_stage", 2),)),
     "opt-1.3b-zero3-tp2": Case(
-        changes=(("actor_engine.zero_stage", 3), ("actor_engine.generation_tp", 2))
+        changes=(*PLAIN, ("actor_engine.zero_stage", 3), ("actor_engine.generation_tp", 2))
     ),
     "opt-13b-zero3-tp2": Case(
         "opt-13b",
@@ -96,6 +109,7 @@ CASES: dict[str, Case] = {
         slots=32,
         changes=(
             *LEAN,
+            *PLAIN,
             ("actor_engine.zero_stage", 3),
             ("actor_engine.generation_tp", 2),
         ),
@@ -119,11 +133,16 @@ CASES: dict[str, Case] = {
 }
 
 
-def run_config(case: Case) -> RunConfig:
+def run_config(case: Case, folder: Path) -> RunConfig:
+    """`folder` takes the models' configurations, for the prediction of memory."""
     ranks = distributed.world_size()
-    engine = EngineConfig(zero_stage=1, dtype="bf16" if DEVICE == "cuda" else "fp32")
+    cuda = DEVICE == "cuda"
+    engine = EngineConfig(zero_stage=1, dtype="bf16" if cuda else "fp32", compile_layers=cuda)
     config = dataclasses.replace(
         preset("consumer"),
+        actor_model=write_config(case.actor, folder),
+        reward_model=write_config(case.critic, folder),
+        reward=RewardConfig(init_from="base"),
         actor_engine=dataclasses.replace(engine, lora=LoRAConfig(rank=0)),
         critic_engine=engine,
         memory=MemoryConfig(),
@@ -175,7 +194,11 @@ def build_actor(case: Case) -> Any:
 
 
 def ours(case: Case) -> dict[str, Any]:
-    config = run_config(case)
+    with tempfile.TemporaryDirectory() as folder:
+        return _ours(case, run_config(case, Path(folder)))
+
+
+def _ours(case: Case, config: RunConfig) -> dict[str, Any]:
     tokenizer = word_tokenizer()
     # Built in place instead of loaded: the weights are random, the code behind is the same.
     rlhf_engine.load_causal_lm = lambda *_, **__: build_actor(case)
@@ -190,12 +213,14 @@ def ours(case: Case) -> dict[str, Any]:
     )
     trainer = PPOTrainer(engine=engine, args=config)
     rows = []
+    memory: dict[str, float] = {}
     for batch in batches(case, SHAPES[case.actor][1]["vocab_size"]):
         begin = now()
         experience = trainer.generate_experience(batch)
         metrics = trainer.step(experience)
         seconds = now() - begin
         stats = engine.actor.last_stats
+        memory = memory or {k: v for k, v in metrics.items() if k.startswith("memory/")}
         rows.append(
             {
                 "seconds": seconds,
@@ -211,7 +236,7 @@ def ours(case: Case) -> dict[str, Any]:
                 "logprob_gap_mean": metrics["engine/logprob_gap_mean"],
             }
         )
-    return summary("ours", case, rows)
+    return {**summary("ours", case, rows), "memory": memory}
 
 
 class Scorer(nn.Module):

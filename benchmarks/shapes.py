@@ -105,6 +105,15 @@ def scorer(name: str, *, device: str, dtype: torch.dtype) -> Any:
     return model
 
 
+def write_config(name: str, folder: Path) -> str:
+    """The directory in `folder` that holds the configuration of a shape of SHAPES, and no weights."""
+    import transformers
+
+    kind, fields = SHAPES[name]
+    transformers.AutoConfig.for_model(kind, **fields).save_pretrained(folder / name)
+    return str(folder / name)
+
+
 def word_tokenizer() -> Any:
     """A tokenizer of a handful of words: prompts here are numbers already."""
     import transformers

@@ -73,6 +73,12 @@ def check_after_first_step(trainer: PPOTrainer) -> list[Check]:
     return [Check("the EMA follows the weights", passed, f"relative distance {distance:.2e}")]
 
 
+def _exact(trainer: PPOTrainer) -> bool:
+    """Whether old logprobs, the ref's and those of training come from the same operations."""
+    config = trainer.args.actor_engine
+    return trainer.config.old_logprobs != "rollout" and not config.compile_layers
+
+
 def _first_ratio(trainer: PPOTrainer, experience: Experience) -> Check:
     """Old and new logprobs of the first micro-batch come from one function, so rho is 1."""
     engine, minibatch = trainer.engine, trainer.config.minibatch_size // distributed.world_size()
@@ -82,8 +88,7 @@ def _first_ratio(trainer: PPOTrainer, experience: Experience) -> Check:
     now = engine.logprobs(engine.actor.module, micro, trainer.generation.temperature)[0].detach()
     engine.actor.eval()
     gap = (now - micro.of(rows.old_logprobs)).abs().max()
-    exact = trainer.config.old_logprobs != "rollout"
-    limit = 0.0 if exact else TOLERANCE[trainer.args.actor_engine.dtype]
+    limit = 0.0 if _exact(trainer) else TOLERANCE[trainer.args.actor_engine.dtype]
     return Check(
         "the first ratio is 1",
         float(gap) <= limit,
@@ -94,8 +99,7 @@ def _first_ratio(trainer: PPOTrainer, experience: Experience) -> Check:
 def _zero_kl(trainer: PPOTrainer, experience: Experience) -> Check:
     gap = (experience.old_logprobs - experience.ref_logprobs) * experience.response_mask
     largest = float(gap.abs().max())
-    exact = trainer.config.old_logprobs != "rollout"
-    limit = 1e-5 if exact else TOLERANCE[trainer.args.actor_engine.dtype]
+    limit = 1e-5 if _exact(trainer) else TOLERANCE[trainer.args.actor_engine.dtype]
     return Check(
         "KL is 0 while the actor equals the ref",
         largest <= limit,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class Step:
             stack.enter_context(attach(self.model, self.cache))
             if self.compiled:
                 stack.enter_context(compiled_layers(self.model))
-            side = torch.cuda.Stream()
+            side = _side_stream(self.slots.state.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 try:
@@ -117,7 +118,9 @@ class Step:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads, as NCCL's watchdog, may go on calling CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+            ):
                 self._run(n, config)
             self._pool = graph.pool()
         return graph
@@ -129,6 +132,12 @@ class Step:
         self.slots.state.copy_(state)
         self.slots.produced.copy_(produced)
         self.slots.ended.copy_(ended)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace of tens of megabytes for every stream."""
+    return torch.cuda.Stream(device)
 
 
 def _addresses(model: nn.Module) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from rlhf_kit.deepspeed_config import deepspeed_config
 from rlhf_kit.faults import end_in_one_sentence
 from rlhf_kit.functional import learning_rate_scale
 from rlhf_kit.hybrid_engine import gradients
+from rlhf_kit.hybrid_engine.compiled_layers import compile_for_training
 from rlhf_kit.hybrid_engine.parked import Parked
 from rlhf_kit.hybrid_engine.partitions import (
     Part,
@@ -175,6 +176,8 @@ class TrainingEngine:
                 config, max_grad_norm=0.0 if self._plain else optimizer.max_grad_norm
             ),
         )
+        if config.compile_layers:
+            compile_for_training(self.module)
         self._weights = Parked(self.held.parameters)
         self._states = Parked(self._state_tensors)
 
