@@ -47,6 +47,13 @@ def print_main(*values: Any) -> None:
         print(*values, flush=True)
 
 
+def sent(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`values` on `device`; the host does not wait for what a GPU still has to do."""
+    if torch.device(device).type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def all_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum of `values` (any shape) over all ranks; all ranks must call it."""
     if world_size() == 1:

@@ -99,7 +99,7 @@ def micro_batches(
         number = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
         columns = starts[index].unsqueeze(1) + torch.arange(width)
         index, columns, places, slots, lasts = (
-            tensor.to(sequences.device)
+            distributed.sent(tensor, sequences.device)
             for tensor in (
                 index,
                 columns.clamp(max=sequences.shape[1] - 1),

@@ -112,6 +112,7 @@ class PPOTrainer:
         self.faults.step = self.iteration + 1
         with self.phases("generate") as phase:
             rollout = self._generate(prompts.to(self.engine.device))
+            self.engine.actor.end_generation()
             phase.tokens += _count(rollout.response_mask)
         self.last_rollout = rollout
         temperature = self.generation.temperature

@@ -49,7 +49,10 @@ class LogitForm:
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """[N, 2] fp32: the logprob of each token, and the entropy, which has no gradient."""
+    """[N, 2] fp32: the logprob of each token, and the entropy, which has no gradient.
+
+    On a GPU by kernels of our own (`logprob_kernels`), which make copies of no logits.
+    """
 
     @staticmethod
     def forward(
@@ -65,9 +68,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
     ) -> Tensor:
         result = hidden.new_zeros(len(ids), 2, dtype=torch.float32)
         normalizers = hidden.new_empty(len(ids), dtype=torch.float32)
+        ctx.settings = {"factor": form.factor, "softcap": form.softcap, "temperature": temperature}
         for start in range(0, len(ids), chunk):
             part = slice(start, start + chunk)
-            logits = form(F.linear(hidden[part], weight, bias)) / temperature
+            logits = F.linear(hidden[part], weight, bias)
+            if hidden.is_cuda:
+                from rlhf_kit import logprob_kernels
+
+                found = result[part], normalizers[part]
+                logprob_kernels.logprobs(logits, ids[part], *found, **ctx.settings)
+                continue
+            logits = form(logits) / temperature
             normalizer = torch.logsumexp(logits, -1)
             chosen = logits.gather(-1, ids[part].unsqueeze(-1)).squeeze(-1)
             result[part, 0] = chosen - normalizer
@@ -83,23 +94,28 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         hidden, weight, bias, ids, normalizers = ctx.saved_tensors
-        outer = gradients[0][:, 0] / ctx.temperature
+        outer = gradients[0][:, 0]
         wanted = ctx.needs_input_grad
         hidden_grad = torch.empty_like(hidden) if wanted[0] else None
         weight_grad = torch.zeros_like(weight) if wanted[1] else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
         for start in range(0, len(ids), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits = ctx.form(F.linear(hidden[part], weight, bias))
-            slope = ctx.form.slope(logits)
-            if ctx.temperature != 1:
-                logits = logits / ctx.temperature
-            # d logprob / d logits = onehot - softmax
-            grad = (logits - normalizers[part].unsqueeze(-1)).exp_().neg_()
-            grad.scatter_add_(-1, ids[part].unsqueeze(-1), torch.ones_like(grad[:, :1]))
-            grad = grad.mul_(outer[part].unsqueeze(-1)).mul_(slope)
+            logits = F.linear(hidden[part], weight, bias)
+            if hidden.is_cuda:
+                from rlhf_kit import logprob_kernels
+
+                made = ids[part], normalizers[part], outer[part]
+                grad = logprob_kernels.gradient(logits, *made, **ctx.settings)
+            else:
+                logits = ctx.form(logits)
+                slope = ctx.form.slope(logits)
+                # d logprob / d logits = onehot - softmax
+                grad = (logits / ctx.temperature - normalizers[part].unsqueeze(-1)).exp_().neg_()
+                grad.scatter_add_(-1, ids[part].unsqueeze(-1), torch.ones_like(grad[:, :1]))
+                grad = grad.mul_((outer[part] / ctx.temperature).unsqueeze(-1)).mul_(slope)
             if bias_grad is not None:
-                bias_grad += grad.sum(0)
+                bias_grad += grad.sum(0, dtype=torch.float32)
             grad = grad.to(weight.dtype)
             if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[part])

@@ -13,7 +13,7 @@ import torch
 from test_decode import EOS, PAD, compare, llama, prompts
 
 from rlhf_kit.config import GenerationConfig
-from rlhf_kit.hybrid_engine import decode, step
+from rlhf_kit.hybrid_engine import compiled_layers, decode, step
 from rlhf_kit.hybrid_engine.attention import STEP_NAME, attach, own_attention
 from rlhf_kit.hybrid_engine.decode import Decoder
 from rlhf_kit.hybrid_engine.slots import ALIVE
@@ -52,6 +52,9 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return SimpleNamespace(replay=replay)
 
+    monkeypatch.setattr(compiled_layers, "BACKEND", "eager")
+    monkeypatch.setattr(compiled_layers, "_compiled_forwards", {})
+    torch._dynamo.reset()
     monkeypatch.setattr(step.Step, "_capture", capture)
     monkeypatch.setattr(step, "BUCKETS", (2, 3, 5, 8))
     monkeypatch.setattr(decode, "_Seen", LateSeen)

@@ -17,9 +17,9 @@ from torch._dynamo.utils import counters
 
 from rlhf_kit.config import EngineConfig, GenerationConfig, OptimizerConfig
 from rlhf_kit.hybrid_engine import compiled_layers as compiled
-from rlhf_kit.hybrid_engine.attention import STEP_NAME, attach, own_attention
+from rlhf_kit.hybrid_engine.attention import STEP_NAME, PromptPlan, attach, own_attention
 from rlhf_kit.hybrid_engine.decode import Decoder, _Run
-from rlhf_kit.hybrid_engine.step import Step
+from rlhf_kit.hybrid_engine.step import Step, forward
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 
 LINEAR: Any = torch.nn.functional.linear
@@ -62,6 +62,62 @@ def test_layers_of_a_kind_share_one_trace_for_any_number_of_rows(kind: str) -> N
     kinds = 2 if kind in ("gemma2", "gemma3_text") else 1  # with and without a window
     assert counters["stats"]["unique_graphs"] == kinds
     assert "forward" not in vars(compiled.decoder_layers(step.model)[0])
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_prompts_read_by_compiled_layers_are_those_read_by_plain_ones(kind: str) -> None:
+    step = step_after_prompts(tiny(kind, **ALL[kind]))
+    other = {i: (k.clone(), v.clone()) for i, (k, v) in step.cache.layers.items()}
+    chance = torch.Generator().manual_seed(3)
+    for lengths in ([5, 3, 9], [7, 7], [2, 6, 6, 4]):  # of prompts, into slots from behind
+        slots = torch.arange(len(lengths)).flip(0) + 2
+        at = torch.arange(max(lengths))
+        inside = at < torch.tensor(lengths)[:, None]
+        ends = torch.tensor(lengths).cumsum(0)
+        pad = (ends - torch.tensor(lengths))[:, None] + at.minimum(
+            torch.tensor(lengths)[:, None] - 1
+        )
+        unpad = inside.flatten().nonzero()[:, 0]
+        tokens = torch.randint(8, 40, (sum(lengths),), generator=chance)
+        positions = at.expand_as(inside)[inside]
+        plan = PromptPlan(step.cache, len(lengths), slots, None if inside.all() else pad, unpad)
+        with torch.no_grad():
+            fast = step.read(tokens, positions, plan, ends - 1)
+            read = {i: (k.clone(), v.clone()) for i, (k, v) in step.cache.layers.items()}
+            step.cache.layers.update(other)
+            with own_attention(step.model):
+                plain = forward(step.model, tokens, positions, plan, ends - 1)
+        assert fast.shape == (len(lengths), step.model.config.vocab_size)
+        assert torch.allclose(plain, fast, atol=1e-5)
+        for i, (keys, values) in read.items():
+            for fast_block, block in zip((keys, values), step.cache.layers[i], strict=True):
+                for slot, length in zip(slots.tolist(), lengths, strict=True):
+                    there = fast_block[slot, :, :length], block[slot, :, :length]
+                    assert torch.allclose(*there, atol=1e-5)
+
+
+def test_layers_compiled_for_training_give_the_same_loss_and_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    model = tiny("llama", **GROUPED)
+    ids = torch.randint(8, 40, (3, 11), generator=torch.Generator().manual_seed(1))
+
+    def learn(rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        loss = model(input_ids=ids[:rows], labels=ids[:rows], use_cache=False).loss
+        return loss, list(torch.autograd.grad(loss, list(model.parameters())))
+
+    before = [learn(rows) for rows in (3, 2)]
+    compiled.compile_for_training(model)
+    decoder = Decoder(model, eos_token_ids=EOS, pad_token_id=PAD)
+    decoder.generate(prompts(rows=2), GenerationConfig(max_new_tokens=3))  # in layers as written
+    assert counters["stats"]["unique_graphs"] == 0
+    for rows, (loss, gradients) in zip((3, 2), before, strict=True):
+        new_loss, new_gradients = learn(rows)
+        torch.testing.assert_close(new_loss, loss)
+        torch.testing.assert_close(new_gradients, gradients)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # for the first shape, and for any
+    compiled._trained.cache_clear()
 
 
 def test_lora_layers_share_one_trace_too() -> None:

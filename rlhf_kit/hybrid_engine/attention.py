@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ from rlhf_kit.hybrid_engine.kv_cache import KVCache
 NAME = "rlhf_kit_decode"
 STEP_NAME = "rlhf_kit_step"
 """The attention of a decode step on a GPU: one operator a layer, `attend_step`."""
+PROMPT_NAME = "rlhf_kit_prompts"
+"""The attention of compiled passes over prompts: one operator a layer, `attend_packed`."""
 
 _IGNORED = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 """Keywords that layers pass on and that do not change the arithmetic."""
@@ -90,8 +92,8 @@ class PromptPlan:
     cache: KVCache
     rows: int
     """K."""
-    slots: slice | Tensor
-    """The slots: K neighbours, or their numbers [K]."""
+    slots: Tensor
+    """[K] the slots."""
     pad: Tensor | None
     """[K, P] where each prompt's tokens stand in the packed row; any token behind its end. None:
     all prompts have the same length, and the packed row is [K, P] already."""
@@ -109,6 +111,14 @@ class PromptPlan:
         """[M, H, D] -> [K, H, P, D]."""
         rows = x.unflatten(0, (self.rows, -1)) if self.pad is None else x[self.pad]
         return rows.transpose(1, 2)
+
+
+class PackedPrompts(NamedTuple):
+    """A `PromptPlan` without the cache, which layers have from `attach`: tensors can be traced."""
+
+    slots: Tensor
+    pad: Tensor | None
+    unpad: Tensor
 
 
 @dataclass(frozen=True)
@@ -192,8 +202,9 @@ def attend_tokens(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, rul
 def own_attention(model: nn.Module, implementation: str = NAME) -> Iterator[None]:
     """Let `model` attend through this module inside the block, with dropout off.
 
-    `implementation` is NAME, which takes a `PromptPlan` or `TokenPlan`, or STEP_NAME, which takes
-    the lengths [N] of the slots as `plan` and runs in layers that `attach` gave their cache.
+    `implementation` is NAME, which takes a `PromptPlan` or `TokenPlan`, or one of those that run
+    in layers that `attach` gave their cache: STEP_NAME takes the lengths [N] of the slots as
+    `plan`, PROMPT_NAME takes `PackedPrompts`.
 
     The attention implementation in its configs and the train/eval state of every module are what
     they were afterwards.
@@ -202,6 +213,7 @@ def own_attention(model: nn.Module, implementation: str = NAME) -> Iterator[None
 
     AttentionInterface.register(NAME, _attention)
     AttentionInterface.register(STEP_NAME, _step_attention)
+    AttentionInterface.register(PROMPT_NAME, _packed_attention)
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if _chooses(m)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     training = [module for module in model.modules() if module.training]
@@ -220,7 +232,7 @@ def own_attention(model: nn.Module, implementation: str = NAME) -> Iterator[None
 
 @contextmanager
 def attach(model: nn.Module, cache: KVCache) -> Iterator[None]:
-    """Inside, every attention module holds its layer's keys and values, for STEP_NAME.
+    """Inside, every attention module holds its layer's keys and values.
 
     As attributes, not by number: layers that differ in a number alone then share their compiled
     code, which takes tensors as arguments and numbers as constants.
@@ -277,6 +289,45 @@ def _(
     return query.new_empty(query.shape[1], query.shape[0], value.shape[2])
 
 
+@torch.library.custom_op("rlhf_kit::attend_packed", mutates_args=("keys", "values"))
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    pad: Tensor | None,
+    unpad: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """`PromptPlan.attend` as one operator, so that it can be compiled around."""
+    cache = KVCache(*keys.shape[::2])
+    cache.layers[0] = (keys, values)
+    plan = PromptPlan(cache, len(slots), slots, pad, unpad)
+    rule = Rule(scale, window or None, softcap or None)
+    return plan.attend(0, query[None], key[None], value[None], rule).contiguous()
+
+
+@attend_packed.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    pad: Tensor | None,
+    unpad: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    return query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+
+
 def _step_attention(
     module: Any,
     query: Tensor,
@@ -298,6 +349,36 @@ def _step_attention(
         module.kit_keys,
         module.kit_values,
         plan,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window or 0,
+        softcap or 0.0,
+    )
+    return out[None], None
+
+
+def _packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    plan: PackedPrompts,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """`_attention` for packed prompts; what a layer asks for was checked with the first ones."""
+    out = attend_packed(
+        query[0],
+        key[0],
+        value[0],
+        module.kit_keys,
+        module.kit_values,
+        plan.slots,
+        plan.pad,
+        plan.unpad,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window or 0,
         softcap or 0.0,

@@ -92,8 +92,9 @@ def _open_length(layer: nn.Module) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
-                # [1, N, ...] or [N]; marked, or the second number of rows would compile again.
-                torch._dynamo.maybe_mark_dynamic(tensor, min(1, tensor.dim() - 1))
+                # [1, N, ...], [N] or [K, P]; marked, or the second number would compile again.
+                for dim in range(min(2, tensor.dim())):
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
         return compiled(layer, *args, **kwargs)
 
     return forward

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kit.config import GenerationConfig, require
+from rlhf_kit.distributed import sent
 from rlhf_kit.hybrid_engine.attention import (
     PromptPlan,
     TokenPlan,
@@ -39,7 +40,7 @@ from rlhf_kit.hybrid_engine.compiled_layers import layers_as_written
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
 from rlhf_kit.hybrid_engine.merged_adapters import MergedAdapters
 from rlhf_kit.hybrid_engine.slots import ALIVE, LENGTH, TOKEN, Slots
-from rlhf_kit.hybrid_engine.step import Step
+from rlhf_kit.hybrid_engine.step import Step, forward
 from rlhf_kit.types import PromptBatch, Rollout
 
 PROMPT_TOKENS = 16384
@@ -305,7 +306,7 @@ class _Run:
         else:
             span = self._span(row for row in self.row[:n] if row is not None)
             token, length = self.slots.state[TOKEN, :n], self.slots.state[LENGTH, :n]
-            logits = self._forward(token, length, TokenPlan(self.cache, length, span))
+            logits = forward(self.model, token, length, TokenPlan(self.cache, length, span))
             self.slots.sample(logits, self.slots.order[:n], self.generation)
         self.steps += 1
         self.row_steps += self.occupied
@@ -330,7 +331,7 @@ class _Run:
         if not out:
             return
         span = self._span(row for slot in out if (row := self.row[slot]) is not None)
-        source, target = (torch.tensor(x, device=self.slots.state.device) for x in (out, into))
+        source, target = (sent(torch.tensor(x), self.slots.state.device) for x in (out, into))
         self.slots.move(source, target)
         self.cache.move(source, target, span)
         for i, j in zip(into, out, strict=True):
@@ -372,28 +373,30 @@ class _Run:
     def _read_prompts(self, rows: list[int], slots: list[int]) -> None:
         """Run the prompts of `rows` into `slots`, and sample the first token of each."""
         device = self.packed.device
-        into = torch.tensor(slots, device=device)
+        into = sent(torch.tensor(slots), device)
         lengths = torch.tensor([self.prompt_len[row] for row in rows])
         begins = torch.tensor([self.offsets[row] for row in rows])
         ends = lengths.cumsum(0)
         at = torch.arange(int(lengths.max()))
         inside = at < lengths[:, None]
-        source = (begins[:, None] + at)[inside].to(device)
+        source = sent((begins[:, None] + at)[inside], device)
         pad = (ends - lengths)[:, None] + at.minimum(lengths[:, None] - 1)
         unpad = inside.flatten().nonzero()[:, 0]
         positions = at.expand_as(inside)[inside]
-        neighbours = slots == list(range(slots[0], slots[0] + len(slots)))
         plan = PromptPlan(
             self.cache,
             len(slots),
-            slice(slots[0], slots[0] + len(slots)) if neighbours else into,
-            None if inside.all() else pad.to(device),
-            unpad.to(device),
+            into,
+            None if inside.all() else sent(pad, device),
+            sent(unpad, device),
         )
-        logits = self._forward(
-            self.packed[source], positions.to(device), plan, (ends - 1).to(device)
-        )
-        check_layers(self.model, self.cache)
+        tokens, positions = self.packed[source], sent(positions, device)
+        keep = sent(ends - 1, device)
+        if self.decode.captured and self.cache.layers:
+            logits = self.decode.read(tokens, positions, plan, keep)
+        else:  # the first prompts show whether the model can be decoded
+            logits = forward(self.model, tokens, positions, plan, keep)
+            check_layers(self.model, self.cache)
         self.slots.fill(into, rows, lengths.tolist())
         self.prompt_passes += 1
         self.slots.sample(logits, into, self.generation)
@@ -401,24 +404,6 @@ class _Run:
             self.row[slot] = row
             self.since[slot] = self.entered[row] = self.steps + 1
         self.occupied += len(rows)
-
-    def _forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        plan: PromptPlan | TokenPlan,
-        keep: Tensor | None = None,
-    ) -> Tensor:
-        """The live model over M packed tokens; logits [M, V], or [N, V] of the tokens to keep."""
-        options = {} if keep is None else {"logits_to_keep": keep}
-        logits = self.model.forward(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            use_cache=False,
-            plan=plan,
-            **options,
-        ).logits[0]
-        return logits if keep is None or len(logits) == len(keep) else logits[keep]
 
 
 class _Seen:

@@ -64,9 +64,13 @@ class HybridEngine(TrainingEngine):
 
     def train(self) -> None:
         """Training mode; what generation holds is freed, unless `keep_cache`."""
+        self.end_generation()
+        super().train()
+
+    def end_generation(self) -> None:
+        """Free what generation holds, unless `keep_cache`; the next `generate` makes it again."""
         if not self.config.keep_cache:
             self.decoder.release()
-        super().train()
 
     def generate(self, prompts: PromptBatch, generation: GenerationConfig) -> Rollout:
         """Sample one response to each prompt from the current weights; all ranks must call it.

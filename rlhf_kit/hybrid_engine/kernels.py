@@ -1,6 +1,6 @@
-"""Triton kernels of one decode step: attention over the slots, sampling, bookkeeping.
+"""Triton kernels of decoding: attention over the slots, sampling, bookkeeping, prompts stored.
 
-Shapes: N rows being decoded, H query heads, Hkv key/value heads, G = H / Hkv, D head size of
+Shapes: K prompts, P the longest of them, N rows being decoded, H query heads, Hkv key/value heads, G = H / Hkv, D head size of
 queries and keys, E of values, C the most tokens a slot holds, X splits of the context,
 V vocabulary, W blocks of the vocabulary.
 
@@ -204,6 +204,34 @@ def attend(
             num_warps=1,
         )
     return out
+
+
+@triton.jit
+def _store(
+    new, block, slots, n_row, n_head, n_token, b_slot, b_head,
+    P, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at, d = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
+    inside = (at < P)[:, None] & (d < D)[None, :]
+    source = new + row * n_row + head * n_head + at[:, None] * n_token + d[None, :]
+    target = block + tl.load(slots + row) * b_slot + head * b_head + at[:, None] * D + d[None, :]
+    tl.store(target, tl.load(source, mask=inside, other=0.0), mask=inside)
+
+
+def store(new: Tensor, block: Tensor, slots: Tensor) -> None:
+    """Put new [K, Hkv, P, D], in any strides, into `slots` [K] int64.
+
+    `block` [S, Hkv, C, D], contiguous, P <= C. torch's `index_put` takes several times as long.
+    """
+    assert block.is_contiguous()
+    new = new if new.stride(3) == 1 else new.contiguous()
+    rows, heads, length, size = new.shape
+    tokens = 64
+    _store[(rows, heads, triton.cdiv(length, tokens))](
+        new, block, slots, *new.stride()[:3], *block.stride()[:2],
+        length, D=size, DP=triton.next_power_of_2(size), BLOCK=tokens, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit

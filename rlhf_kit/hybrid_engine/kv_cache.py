@@ -23,12 +23,15 @@ class KVCache:
         self.max_len = max_len
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def write_prompts(
-        self, layer: int, slots: slice | Tensor, keys: Tensor, values: Tensor
-    ) -> None:
-        """Store whole prompts [K, Hkv, P, D] in K `slots`; neighbours, a slice, are faster."""
+    def write_prompts(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store whole prompts [K, Hkv, P, D] in `slots` [K]."""
         for block, new in zip(self._layer(layer, keys, values), (keys, values), strict=True):
-            block[slots, :, : new.shape[2]] = new
+            if block.is_cuda:
+                from rlhf_kit.hybrid_engine import kernels
+
+                kernels.store(new, block, slots)
+            else:
+                block[slots, :, : new.shape[2]] = new
 
     def write_tokens(self, layer: int, at: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store one token [N, Hkv, D] for each of the first N slots, at positions `at` [N]."""

@@ -101,15 +101,13 @@ class PPOMemory:
         lengths = (self._prompt, self._response)
         logprobs = self.actor.logprobs(self._micro, *lengths, self._chunk).peak
         values = self.critic.values(self._micro, sum(lengths)).peak
-        # A GPU keeps the cache and the captured steps until the actor trains.
-        kept = self._cache if self.config.actor_engine.cuda_graphs and self._tp == 1 else {}
         gathered = {"actor": self._actor_engine.gathered, "critic": self._critic_engine.gathered}
         asked = {"actor": set(), "ref": {"ref"}, "critic": {"critic"}}
         asked["reward model"] = FROZEN - {"ref"} | {"critic"}
         for name, there in asked.items():
             peak = logprobs if name in ("actor", "ref") else values
             passing = {"gathered weights": gathered.get(name, 0), "activations": peak}
-            yield self._moment("score", "score", away - there, kept, passing)
+            yield self._moment("score", "score", away - there, passing)
 
     def _training(self, away: Set[str], learns: bool) -> Iterator[Moment]:
         """Micro-batches pass through critic and actor in turn; then the two step."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kit.config import GenerationConfig
+from rlhf_kit.distributed import sent
 from rlhf_kit.hybrid_engine.sampling import draw, log_distribution, uniforms
 
 TOKEN, LENGTH, ROW, AT, ALIVE = range(5)
@@ -61,7 +62,7 @@ class Slots:
         """Put rows whose prompts, of `lengths` tokens, are in the cache into `slots` [K]."""
         k, device = len(rows), self.state.device
         new = torch.tensor([[0] * k, list(lengths), list(rows), [0] * k, [1] * k])
-        self.state[:, slots] = new.to(device)
+        self.state[:, slots] = sent(new, device)
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Move slots [K] into free ones; the ones they leave are free afterwards."""

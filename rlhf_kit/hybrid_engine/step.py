@@ -21,11 +21,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from rlhf_kit.chat_template import first_line
 from rlhf_kit.config import GenerationConfig
 from rlhf_kit.distributed import print_main
-from rlhf_kit.hybrid_engine.attention import STEP_NAME, attach, own_attention
+from rlhf_kit.hybrid_engine.attention import (
+    PROMPT_NAME,
+    STEP_NAME,
+    PackedPrompts,
+    PromptPlan,
+    attach,
+    own_attention,
+)
 from rlhf_kit.hybrid_engine.compiled_layers import compiled_layers
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
 from rlhf_kit.hybrid_engine.slots import LENGTH, TOKEN, Slots
@@ -84,10 +92,32 @@ class Step:
     def _logits(self, n: int) -> Tensor:
         """[N, V] logits of the tokens that follow; keys and values go into the cache."""
         token, length = self.slots.state[TOKEN, :n], self.slots.state[LENGTH, :n]
-        # Not through __call__: DeepSpeed's hooks there are about training, and wait for the GPU.
-        return self.model.forward(
-            input_ids=token[None], position_ids=length[None], use_cache=False, plan=length
-        ).logits[0]
+        return forward(self.model, token, length, length)
+
+    def read(self, tokens: Tensor, positions: Tensor, plan: PromptPlan, keep: Tensor) -> Tensor:
+        """Prompts, packed [M], into their slots by compiled layers; logits [K, V] of `keep` [K].
+
+        The cache must have been written to before.
+        """
+        packed = PackedPrompts(plan.slots, plan.pad, plan.unpad)
+        while True:
+            with ExitStack() as stack:
+                stack.enter_context(own_attention(self.model, PROMPT_NAME))
+                stack.enter_context(attach(self.model, self.cache))
+                if self.compiled:
+                    stack.enter_context(compiled_layers(self.model))
+                try:
+                    return forward(self.model, tokens, positions, packed, keep)
+                except TorchDynamoException as error:
+                    self._not_compiled(error)
+
+    def _not_compiled(self, error: Exception) -> None:
+        """From now on layers run as they are; says so."""
+        print_main(
+            f"the layers of {type(self.model).__name__} can't be compiled and run as they are: "
+            f"{first_line(error)}"
+        )
+        self.compiled = False
 
     def _capture(self, n: int, config: GenerationConfig) -> torch.cuda.CUDAGraph:
         """Run the model once, to compile and to warm up, and record the step.
@@ -95,8 +125,6 @@ class Step:
         Until slots advance, running it twice is running it once: a token is stored where it
         stood. So the first run may take the live slots.
         """
-        from torch._dynamo.exc import TorchDynamoException
-
         with ExitStack() as stack:
             stack.enter_context(own_attention(self.model, STEP_NAME))
             stack.enter_context(attach(self.model, self.cache))
@@ -108,11 +136,7 @@ class Step:
                 try:
                     self._warm_up(n, config)
                 except TorchDynamoException as error:
-                    print_main(
-                        f"the layers of {type(self.model).__name__} can't be compiled and run as "
-                        f"they are: {first_line(error)}"
-                    )
-                    self.compiled = False
+                    self._not_compiled(error)
                     return self._capture(n, config)
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
@@ -132,6 +156,18 @@ class Step:
         self.slots.state.copy_(state)
         self.slots.produced.copy_(produced)
         self.slots.ended.copy_(ended)
+
+
+def forward(
+    model: Any, tokens: Tensor, positions: Tensor, plan: Any, keep: Tensor | None = None
+) -> Tensor:
+    """The live model over M packed tokens [M]; logits [M, V], or [N, V] of the tokens to keep."""
+    options = {} if keep is None else {"logits_to_keep": keep}
+    # Not through __call__: DeepSpeed's hooks there are about training, and wait for the GPU.
+    logits = model.forward(
+        input_ids=tokens[None], position_ids=positions[None], use_cache=False, plan=plan, **options
+    ).logits[0]
+    return logits if keep is None or len(logits) == len(keep) else logits[keep]
 
 
 @cache
