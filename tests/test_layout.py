@@ -26,7 +26,7 @@ RANKS = [
     "measure results votes launch pipeline run_directory "
     "training_settings resume evaluate report_page report cell_runner "
     "heartbeat rank_process hostfile cluster launch_command preflight chat data_command "
-    "run_flags choices plan_command cli",
+    "run_flags choices fitting plan_command deployment cli",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 ORDER = {name: place for place, name in enumerate(RANK)}
