@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_kit import cluster, launch_command, pipeline, run_flags
-from rlhf_kit.config import RunConfig, exact_div, preset, require
+from rlhf_kit.config import RunConfig, preset, require
 from rlhf_kit.hostfile import require_reachable
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class Deployment:
 
     @property
     def is_alone(self) -> bool:
-        return self.arguments.deployment_type == "single_gpu"
+        """In one process, without a launcher."""
+        return self.arguments.deployment_type == "single_gpu" and not self.on_cpu
 
     @property
     def ranks(self) -> int:
@@ -94,7 +95,7 @@ class Deployment:
 
     def check(self) -> None:
         """ValueError where this cannot be started from here."""
-        if self.is_alone and not self.on_cpu:
+        if self.is_alone:
             require(
                 cluster.visible_gpus() > 0,
                 "no GPU is visible on this host; add --num-gpus 0 to run on its CPU, or plan for "
@@ -171,7 +172,7 @@ def choose(
     """
     config = preset(preset_name, **changes)
     ranks = deployment.ranks
-    exact_div(config.ppo.minibatch_size, ranks, "ppo.minibatch_size / ranks")
+    config.ppo.check_ranks(ranks)
     if deployment.on_cpu:
         print("on a CPU nothing is chosen: the preset's settings stand", flush=True)
         return changes

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from rlhf_kit.choices import ENGINES, MICRO, Choice, applied, choices, setting
-from rlhf_kit.config import MemoryConfig, RunConfig, exact_div, override
+from rlhf_kit.config import MemoryConfig, RunConfig, override
 from rlhf_kit.hybrid_engine.memory import Plan
 
 SAVED = ("gradient_checkpointing", "offload_optimizer", "offload_parameters")
@@ -21,8 +21,8 @@ SAVED = ("gradient_checkpointing", "offload_optimizer", "offload_parameters")
 
 def roomy(config: RunConfig, ranks: int) -> dict[str, Any]:
     """The settings of a run that saves no memory, as far as they change no result."""
-    share = exact_div(config.ppo.minibatch_size, ranks, "ppo.minibatch_size / ranks")
-    rows = [-(-config.sft.batch_size // ranks), -(-config.reward.batch_size // ranks), share]
+    batches = config.sft.batch_size, config.reward.batch_size, config.ppo.minibatch_size
+    rows = [-(-rows // ranks) for rows in batches]
     return {
         **{f"{engine}__{field}": False for engine in ENGINES for field in SAVED},
         **{
@@ -127,14 +127,15 @@ class Fitting:
         return found
 
     def _eased(self, place: int, key: str, milder: Sequence[Fitting]) -> Fitting:
-        """With one setting of a choice changed less than the others, where that is enough."""
+        """With one setting of a choice changed less than the others, or not, if that is enough."""
         choice = self.taken[place]
         if choice.together or len(choice.changes) == 1:
             return self
         rest = {k: v for k, v in choice.changes.items() if k != key}
-        for each in milder:
-            changes = {**rest, **{k: v for k, v in each.taken[place].changes.items() if k == key}}
-            eased = replace(self, taken={**self.taken, place: replace(choice, changes=changes)})
+        others = [each.taken[place].changes for each in milder]
+        for less in ({}, *({key: other[key]} for other in others if key in other)):
+            changes = replace(choice, changes={**rest, **less})
+            eased = replace(self, taken={**self.taken, place: changes})
             if self._goes(eased.config) and eased.fits:
                 return eased
         return self
