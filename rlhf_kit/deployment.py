@@ -101,10 +101,10 @@ class Deployment:
                 "no GPU is visible on this host; add --num-gpus 0 to run on its CPU, or plan for "
                 "another with --dry-run --gpu h100",
             )
+            return
+        cluster.require_startable(self.launch(pipeline.STAGES[0][0]))
         if self.arguments.hostfile is not None:
             require_reachable(self.arguments.hostfile)
-        if self.arguments.slurm:
-            cluster.require_startable(self.launch(pipeline.STAGES[0][0]))
 
     # ---- its stages
 

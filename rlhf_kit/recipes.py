@@ -4,8 +4,8 @@ Each is a preset to start from and what it changes, by the keys of `config.overr
 step, lengths and data are the published ones; what is not is said beside it, and holds for all:
 
 - Dropout is off in every stage. Theirs is, by flags, in the reward model and in PPO alone.
-- SFT goes over its data once, where theirs goes 16 times (1.3B, 13B) or 4 times (Llama): after the
-  first pass the loss on held-out rows rises.
+- SFT goes over its data once, where theirs goes 16 times (1.3B on a node, 6.7B, 13B) or 4 times
+  (Llama): SFT models over-fit after one epoch (InstructGPT, section 3.5).
 - One blend serves all stages, cut by the prompts' content; theirs takes rm-static alone for PPO,
   and rows that two of its datasets share may come in several stages.
 - Responses are sampled, not greedy; scores are normalised, the average is kept (theirs: 1.3B on a
@@ -50,8 +50,9 @@ ALL_WEIGHTS: dict[str, Any] = {
 }
 ADAPTERS: dict[str, Any] = {
     "actor_engine__lora__rank": 128,
-    # Theirs train at 5e-4 in PPO, and norms and embeddings with them. Their adapters are scaled by
-    # 1/128 and ours by 32/128: a step moves weights by 3.9e-6 times the same there, 2.5e-6 here.
+    # Theirs train at 5e-4 in PPO, and in SFT at 1e-4 (13B) or 1e-3; norms and embeddings train with
+    # them. Scales are 1/128 theirs and 32/128 ours, so scale times rate in PPO, by which a step of
+    # AdamW moves a weight, is 3.9e-6 there and 2.5e-6 here.
     "ppo__actor_optimizer__learning_rate": 1e-5,
     "sft__optimizer__learning_rate": 1e-4,
 }
@@ -90,7 +91,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
             **OPT,
             **ADAPTERS,
             "actor_model": "facebook/opt-6.7b",
-            "data__sources": [RM_STATIC],
+            "data__sources": FOUR,
             "sft__batch_size": 128,
             "ppo__minibatch_size": 128,
         },

@@ -15,7 +15,8 @@ LIBRARY = ROOT / "rlhf_kit"
 
 # One line a rank. A file imports what stands above it, or before it on its own line.
 RANKS = [
-    "recipes config distributed functional types integrity signals training_state generators fingerprint",
+    "recipes config distributed functional types integrity signals training_state generators "
+    "fingerprint",
     "parameters statistics trust toy_world row_schemas row_function hub_datasets data_files "
     "datasets batch_order row_store blending split_manifest chat_template encoded_cache "
     "encoded_rows tokenization data_preview data_check faults metrics plots",

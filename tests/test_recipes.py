@@ -41,7 +41,8 @@ def test_a_recipe_is_a_whole_configuration_that_its_gpus_can_share(name: str):
 
 def test_rates_and_rows_are_the_published_ones():
     one, node, large = (
-        preset(name) for name in ("opt-1.3b-single-gpu", "opt-1.3b-single-node", "opt-13b-single-node")
+        preset(name)
+        for name in ("opt-1.3b-single-gpu", "opt-1.3b-single-node", "opt-13b-single-node")
     )
     # Rows a GPU x GPUs x accumulated: 16 x 8, 8 x 8, 4 x 8; 16 x 4, 4 x 8; 16 x 2, 4 x 8, 16 x 8.
     assert [c.sft.batch_size for c in (one, node, large)] == [128, 64, 32]
