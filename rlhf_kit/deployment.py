@@ -56,8 +56,7 @@ class Deployment:
     def of(cls, arguments: argparse.Namespace) -> Deployment | None:
         """None without `--deployment-type`; ValueError for options that do not go with it."""
         kind = arguments.deployment_type
-        given = [name for name in KEPT[1:] if getattr(arguments, name) not in (None, False, [])]
-        given += [name for name in ("gpu", "gpu_memory", "dry_run") if getattr(arguments, name)]
+        given = _given(arguments, *KEPT[1:], "gpu", "gpu_memory", "dry_run")
         words = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         require(kind is not None or not given, f"{words} can only be used with --deployment-type")
         if kind is None:
@@ -71,8 +70,8 @@ class Deployment:
         )
         require(
             kind != "single_gpu"
-            or (arguments.num_gpus in (None, 0, 1) and not arguments.num_ranks),
-            "single_gpu is one process; use single_node for more GPUs or ranks",
+            or (arguments.num_gpus in (None, 0, 1) and _given(arguments, *KEPT[2:]) == []),
+            "single_gpu is one process, and takes --num-gpus 0 or 1 at most; use single_node",
         )
         return cls(arguments, arguments.output_dir)
 
@@ -154,10 +153,16 @@ class Deployment:
 
 def recall(arguments: argparse.Namespace, record: Mapping[str, Any]) -> None:
     """Start the run of this record again where it ran, unless another place is named."""
-    if arguments.deployment_type is None:
+    if not _given(arguments, *KEPT):
         for name, value in record.get("deployment", {}).items():
             if name in KEPT:
                 setattr(arguments, name, value)
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> list[str]:
+    """Those of the options that were given; a number may be 0."""
+    values = {name: getattr(arguments, name) for name in names}
+    return [name for name, v in values.items() if not (v is None or v is False or v == [])]
 
 
 # ---- what fits there

@@ -92,10 +92,12 @@ def train(kind: str, *words: str) -> int:
     ("words", "message"),
     [
         (["--num-gpus=2"], "--num-gpus can only be used with --deployment-type"),
+        (["--num-gpus=0"], "--num-gpus can only be used with --deployment-type"),
+        (["--deployment-type=single_gpu", "--nodes=2"], "single_gpu is one process, and takes"),
         (["--gpu=h100", "--dry-run"], "--gpu, --dry-run can only be used with --deployment-type"),
         (["--deployment-type=single_gpu"], "no GPU is visible on this host; add --num-gpus 0"),
         (["--deployment-type=single_gpu", "--gpu=h100"], "no GPU is visible on this host"),
-        (["--deployment-type=single_gpu", "--num-gpus=2"], "single_gpu is one process; use single"),
+        (["--deployment-type=single_gpu", "--num-gpus=2"], "single_gpu is one process, and takes"),
         (["--deployment-type=single_node"], "no GPU is visible on this host; add --num-gpus 0"),
         (["--deployment-type=single_node", "--slurm"], "--hostfile and --slurm are for multi_node"),
         (["--deployment-type=multi_node"], "multi_node needs --hostfile F or --slurm"),
@@ -192,6 +194,8 @@ def test_a_run_goes_on_where_it_ran(started: list[cluster.Plan]):
     started.clear()
     assert cli.main(["train", "--output-dir", "run", "--resume"]) == 0
     assert [(plan.job.notebook.stem, plan.ranks) for plan in started] == [("04_ppo", 4)]
+    # Half of a place is no place.
+    assert cli.main(["train", "--output-dir", "run", "--resume", "--num-gpus", "0"]) == 2
 
 
 def test_all_slots_of_a_hostfile_are_planned_for(actor: str, capsys: pytest.CaptureFixture[str]):
