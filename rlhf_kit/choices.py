@@ -28,6 +28,8 @@ class Choice:
 
     changes: Mapping[str, Any]
     price: str
+    together: bool = False
+    """Whether its settings are of use only all together."""
 
 
 def setting(config: RunConfig, key: str) -> Any:
@@ -36,17 +38,20 @@ def setting(config: RunConfig, key: str) -> Any:
 
 
 def choices(config: RunConfig, ranks: int) -> Iterator[list[Choice]]:
-    """From what costs least; alternatives of one kind from the smallest change to the largest."""
+    """From what costs least; alternatives of one kind from the smallest change to the largest.
+
+    A kind keeps its place: it is empty where it is not for this run.
+    """
     yield _halved(config, ["memory__logprob_chunk"], FEWEST_LOGITS, "hardly anything")
     yield _halved(config, ["generation__slots"], FEWEST_SLOTS, "generating takes longer")
     yield _halved(config, MICRO, 1, "smaller matrix products take longer in all")
     yield _engines(config, "gradient_checkpointing", True, "training takes a third longer")
-    if config.actor_engine.lora.rank:
-        yield [Choice({"actor_engine__lora__merge": False}, "generating takes longer")]
+    unmerged = Choice({"actor_engine__lora__merge": False}, "generating takes longer")
+    yield [unmerged] if config.actor_engine.lora.rank else []
     yield [Choice({"memory__offload_idle": True}, "copies to and from the host, each iteration")]
-    if ranks > 1:
-        yield [zero_3(config)]
-    yield [lora(config), shared_base(config)]
+    yield [zero_3(config)] if ranks > 1 else []
+    adapters = [] if config.actor_engine.lora.rank else [lora(config)]
+    yield [*adapters, shared_base(config)]
     yield _engines(config, "offload_optimizer", True, "AdamW steps on the CPU: some seconds each")
     yield [Choice({"ppo__ema__enabled": False}, "no average of the actor is exported")]
 
@@ -56,6 +61,7 @@ def lora(config: RunConfig) -> Choice:
     return Choice(
         {"actor_engine__lora__rank": LORA_RANK, **rates},
         f"adapters train instead of all weights, at {LORA_RATE} times the rate",
+        together=True,
     )
 
 
@@ -69,37 +75,36 @@ def shared_base(config: RunConfig) -> Choice:
         "reward__init_from": "sft",
         "memory__shared_base": True,
     }
-    return Choice(changes, "the reward model is an adapter of the SFT model, as large as the actor")
+    price = "the reward model is an adapter of the SFT model, as large as the actor"
+    return Choice(changes, price, together=True)
 
 
 def zero_3(config: RunConfig) -> Choice:
     changes: dict[str, Any] = {f"{engine}__zero_stage": 3 for engine in ENGINES}
     if config.ppo.mixture.kind == "grad_norm_ratio":
         changes["ppo__mixture__kind"] = "none"  # it needs whole gradients
-    return Choice(changes, "weights travel between GPUs for every pass")
+    return Choice(changes, "weights travel between GPUs for every pass", together=True)
 
 
 def that_fit(config: RunConfig, memory: float, ranks: int) -> list[Choice]:
     """Of each kind the smallest change that alone makes the run fit into so many GiB."""
     found = []
     for kind in choices(config, ranks):
-        kind = [choice for choice in kind if _changes_something(config, choice)]
+        changed = [(choice, other) for choice in kind if (other := applied(config, choice.changes))]
         # Where the largest change is not enough, none is.
-        if kind and _fits_with(config, kind[-1], memory, ranks):
-            found.append(next(c for c in kind if _fits_with(config, c, memory, ranks)))
+        if changed and Plan.of(changed[-1][1], ranks=ranks).fits(memory):
+            fits = (c for c, other in changed if Plan.of(other, ranks=ranks).fits(memory))
+            found.append(next(fits))
     return found
 
 
-def _fits_with(config: RunConfig, choice: Choice, memory: float, ranks: int) -> bool:
+def applied(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig | None:
+    """The configuration with these changes; None where they do not go together, or are none."""
     try:
-        changed = override(config, **choice.changes)
-    except ValueError:  # settings that do not go together
-        return False
-    return Plan.of(changed, ranks=ranks).fits(memory)
-
-
-def _changes_something(config: RunConfig, choice: Choice) -> bool:
-    return any(setting(config, key) != value for key, value in choice.changes.items())
+        changed = override(config, **changes)
+    except ValueError:
+        return None
+    return None if changed == config else changed
 
 
 def _halved(config: RunConfig, keys: Sequence[str], least: int, price: str) -> list[Choice]:

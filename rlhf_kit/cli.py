@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_kit import __version__, data_command, launch_command, pipeline, plan_command, run_flags
+from rlhf_kit import (
+    __version__,
+    data_command,
+    deployment,
+    launch_command,
+    pipeline,
+    plan_command,
+    run_flags,
+)
 from rlhf_kit.config import require
 
 
@@ -53,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on with the run in DIR, inside the stage too, or start it where there is none",
     )
+    deployment.add(train_)
 
     run_ = command("run", run, "run one notebook as a script; its own --help lists its flags")
     run_.add_argument("notebook", help="a .py (py:percent) or .ipynb")
@@ -113,17 +122,36 @@ def build_parser() -> argparse.ArgumentParser:
 def train(arguments: argparse.Namespace) -> int:
     directory: Path = arguments.output_dir
     is_new = not (directory / "run.json").is_file()
+    changes, name = run_flags.changes(arguments), arguments.preset
+    pipeline.require_free(directory, resume=arguments.resume)
+    if not is_new:
+        deployment.recall(arguments, pipeline.read_record(directory))
+    place = deployment.Deployment.of(arguments)
+    if place is not None:
+        if not arguments.dry_run:
+            place.check()
+        if is_new:
+            name = name or "consumer"
+            changes = deployment.choose(place, name, changes)
+        if arguments.dry_run:
+            print(place.preview())
+            return 0
     record = pipeline.open_run(
         directory,
-        preset_name=arguments.preset,
-        changes=run_flags.changes(arguments),
+        preset_name=name,
+        changes=changes,
         resume=arguments.resume,
         command=shlex.join(["rlhf-kit", *sys.argv[1:]]),
+        deployment=place and place.to_dict(),
     )
+    if place is not None and arguments.slurm and place.left():
+        place.submit()
+        print(f"the jobs run one after the other; then: rlhf-kit report {directory}")
+        return 0
     was_finished = record["finished"] is not None
     if was_finished:
         print(f"{directory} holds a finished run; its report again:", flush=True)
-    elif code := pipeline.train(directory, record, is_new=is_new):
+    elif code := pipeline.train(directory, record, is_new=is_new, run=place and place.run_stage):
         if code in pipeline.STOPPED:
             print(f"stopped; {_way_on(directory)}", file=sys.stderr)
         return code

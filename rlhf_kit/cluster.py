@@ -99,6 +99,8 @@ class Plan:
     job: Job
     files: Mapping[Path, str]
     command: Sequence[str]
+    ranks: int
+    """In all."""
     identity: str = ""
     """Names this launch's failure file; empty where a batch job names it."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -115,14 +117,19 @@ class Plan:
 # ---- plans
 
 
-def on_this_host(job: Job, *, num_gpus: int | None, num_ranks: int | None) -> Plan:
-    """Ranks on this host's GPUs, or with `num_gpus` 0 as many as `num_ranks` on its CPU."""
+def on_this_host(
+    job: Job, *, num_gpus: int | None, num_ranks: int | None, elsewhere: bool = False
+) -> Plan:
+    """Ranks on this host's GPUs, or with `num_gpus` 0 as many as `num_ranks` on its CPU.
+
+    `elsewhere`: not to be started here, so that nothing need be visible.
+    """
     environment: dict[str, str] = {}
     if num_gpus == 0:
         ranks, devices = num_ranks or 1, NO_DEVICES
         environment["DS_ACCELERATOR"] = "cpu"
     else:
-        visible = visible_gpus()
+        visible = num_gpus or 1 if elsewhere else visible_gpus()
         require(
             visible > 0,
             "no GPU is visible on this host; add --num-gpus 0 --num-ranks 2 to run on its CPU",
@@ -144,7 +151,7 @@ def on_this_host(job: Job, *, num_gpus: int | None, num_ranks: int | None) -> Pl
         "--log_level=critical",
         *job.rank_words(identity, devices),
     ]
-    return Plan(job, job.files(), command, identity, environment)
+    return Plan(job, job.files(), command, ranks, identity, environment)
 
 
 def on_hosts(
@@ -181,7 +188,8 @@ def on_hosts(
     ]
     # The runner reads it, and hands on to the other hosts what begins with PYTHON.
     environment = {"DS_ACCELERATOR": "cpu"} if num_gpus == 0 else {}
-    return Plan(job, job.files(), command, identity, environment)
+    ranks = sum(num_gpus or slots for slots in hosts.values())
+    return Plan(job, job.files(), command, ranks, identity, environment)
 
 
 def on_slurm(
@@ -232,7 +240,7 @@ def on_slurm(
         launcher=" ".join(word if '"$' in word else shlex.quote(word) for word in launcher),
         report=shlex.join([*_python("rlhf_kit.rank_process"), "--report", str(job.logs)]),
     )
-    return Plan(job, {**job.files(), batch: text}, ["sbatch", str(batch)])
+    return Plan(job, {**job.files(), batch: text}, ["sbatch", str(batch)], nodes * ranks)
 
 
 SBATCH = """\
@@ -294,17 +302,35 @@ def _free_port() -> int:
 # ---- carrying a plan out
 
 
-def start(plan: Plan) -> int:
-    """Write the files, run the command and wait for it; its exit code."""
+def require_startable(plan: Plan) -> None:
+    """ValueError where the command of a plan is not there."""
     require(
         plan.command[0] != "sbatch" or shutil.which("sbatch") is not None,
         "there is no sbatch on this host; submit from a login node of the SLURM cluster, or look "
         "at --dry-run",
     )
+
+
+def submit(plan: Plan) -> str:
+    """Write the files and hand the batch job over to SLURM; its number."""
+    _write(plan)
+    program, *words = plan.command
+    done = subprocess.run([program, "--parsable", *words], stdout=subprocess.PIPE, text=True)
+    require(done.returncode == 0, f"{plan.job.notebook.stem} was not submitted: sbatch refused it")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _write(plan: Plan) -> None:
+    require_startable(plan)
     plan.job.logs.mkdir(parents=True, exist_ok=True)
     for path, text in plan.files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+def start(plan: Plan) -> int:
+    """Write the files, run the command and wait for it; its exit code."""
+    _write(plan)
     launcher = subprocess.Popen(plan.command, env={**os.environ, **plan.environment})
     asked: list[int] = []  # exit codes of what asked us to stop
 

@@ -1,4 +1,4 @@
-"""Every setting of a run, as small frozen dataclasses, and three presets.
+"""Every setting of a run, as small frozen dataclasses, and the presets.
 
 A preset is a function that returns a complete `RunConfig`; `override` changes single fields by
 dotted name and refuses names and types it does not know. Nothing is derived silently: batch
@@ -8,11 +8,14 @@ arithmetic that does not come out even is an error.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from rlhf_kit.recipes import RECIPES
 
 
 def require(condition: bool, message: str) -> None:
@@ -389,6 +392,17 @@ class PPOConfig:
     """The mixture loss."""
     ema: EMAConfig = field(default_factory=EMAConfig)
     """The average of the actor."""
+
+    @property
+    def mixture_rows(self) -> int:
+        """Mixture rows of a minibatch, over all ranks."""
+        return max(int(self.minibatch_size * self.mixture.batch_ratio), 1)
+
+    def check_ranks(self, ranks: int) -> None:
+        """ValueError where so many ranks can't share a minibatch evenly."""
+        exact_div(self.minibatch_size, ranks, "ppo.minibatch_size / ranks")
+        if self.mixture.kind != "none":
+            exact_div(self.mixture_rows, ranks, "mixture rows a minibatch / ranks")
 
     def __post_init__(self) -> None:
         require(self.iterations > 0 and self.epochs > 0, "iterations and epochs must be positive")
@@ -817,7 +831,18 @@ def cluster() -> RunConfig:
     )
 
 
-PRESETS = {"toy": toy, "consumer": consumer, "cluster": cluster}
+def recipe(name: str) -> RunConfig:
+    """One of `recipes.RECIPES`, complete."""
+    base, changes = RECIPES[name]
+    return override(PRESETS[base](), preset=name, **changes)
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "toy": toy,
+    "consumer": consumer,
+    "cluster": cluster,
+    **{name: functools.partial(recipe, name) for name in RECIPES},
+}
 
 
 def preset(name: str, **changes: Any) -> RunConfig:

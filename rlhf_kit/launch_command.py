@@ -25,6 +25,12 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "-h", "--help", action="store_true", help="with NOTEBOOK, its parameters as well"
     )
+    add_place(parser)
+    parser.set_defaults(parser=parser)
+
+
+def add_place(parser: argparse._ActionsContainer) -> None:
+    """Where ranks are started."""
     parser.add_argument(
         "--num-gpus", type=int, metavar="N", help="GPUs of each host; default: all; 0: the CPU"
     )
@@ -47,7 +53,6 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="SLURM: any other of sbatch's, as in --sbatch=--qos=high; repeatable",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, do nothing")
-    parser.set_defaults(parser=parser)
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -67,7 +72,7 @@ def launch(arguments: argparse.Namespace) -> int:
         if notebook:
             print(f"\n{help_text(notebook, parameters_of(notebook))}")
         return 0
-    plan = _plan(cluster.Job.of(notebook, arguments.flags), arguments)
+    plan = planned(cluster.Job.of(notebook, arguments.flags), arguments)
     if arguments.dry_run:
         print(plan)
         return 0
@@ -76,8 +81,13 @@ def launch(arguments: argparse.Namespace) -> int:
     return cluster.start(plan)
 
 
-def _plan(job: cluster.Job, arguments: argparse.Namespace) -> cluster.Plan:
-    """ValueError for an option that does not go with the others."""
+def planned(
+    job: cluster.Job, arguments: argparse.Namespace, *, elsewhere: bool = False
+) -> cluster.Plan:
+    """What these options start; ValueError for one that does not go with the others.
+
+    `elsewhere`: as a host with so many GPUs would start it, to be looked at here.
+    """
     gpus, ranks = arguments.num_gpus, arguments.num_ranks
     require(gpus is None or gpus >= 0, f"--num-gpus must be 0 or more, not {gpus}")
     require(ranks is None or ranks >= 1, f"--num-ranks must be 1 or more, not {ranks}")
@@ -102,7 +112,7 @@ def _plan(job: cluster.Job, arguments: argparse.Namespace) -> cluster.Plan:
             options=[*options, *arguments.sbatch],
         )
     if arguments.hostfile is None:
-        return cluster.on_this_host(job, num_gpus=gpus, num_ranks=ranks)
+        return cluster.on_this_host(job, num_gpus=gpus, num_ranks=ranks, elsewhere=elsewhere)
     require(ranks is None, "with --hostfile, each slot is a rank; leave --num-ranks out")
     return cluster.on_hosts(
         job,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kit import distributed, fingerprint
-from rlhf_kit.config import RunConfig, exact_div, require
+from rlhf_kit.config import RunConfig, require
 from rlhf_kit.functional import mixture_weight
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.micro_batches import within_tokens
@@ -61,9 +61,8 @@ class MixtureLoss:
         self.logprob_chunk = args.memory.logprob_chunk
         self.by_tokens = args.ppo.micro_batch_tokens > 0
         self.pad_token_id = engine.pad_token_id
-        size = max(int(args.ppo.minibatch_size * self.config.batch_ratio), 1)
-        exact_div(size, distributed.world_size(), "mixture rows a minibatch / ranks")
-        self.batch_size = size
+        args.ppo.check_ranks(distributed.world_size())
+        self.batch_size = args.ppo.mixture_rows
         self.steps = 0
         self.weight = self.config.ptx_coef if self.config.kind == "coef" else 0.0
         if self.config.kind == "grad_norm_ratio":

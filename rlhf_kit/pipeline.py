@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -49,18 +49,17 @@ def open_run(
     changes: Mapping[str, Any],
     resume: bool,
     command: str,
+    deployment: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The record of a new run, written; with `resume`, of the one in `directory` if it has one.
 
-    `changes` are `config.override`'s. The whole configuration is validated before anything is
-    written. ValueError where the directory is in use, or was started with other settings.
+    `changes` are `config.override`'s, `deployment` says where `--resume` starts it again. The
+    whole configuration is validated before anything is written. ValueError where the directory
+    is in use, or was started with other settings.
     """
     path = directory / "run.json"
+    require_free(directory, resume=resume)
     if path.is_file():
-        require(
-            resume,
-            f"{directory} already holds a run; pass --resume to go on with it, or choose another",
-        )
         record = read_record(directory)
         config = from_dict(record["config"])
         require(
@@ -69,10 +68,6 @@ def open_run(
             "or choose another directory",
         )
         return record
-    require(
-        not directory.exists() or (directory.is_dir() and not any(directory.iterdir())),
-        f"{directory} is in use and holds no run; choose another",
-    )
     if preset_name is None:
         raise ValueError(f"name the settings to start from: --preset {'|'.join(PRESETS)}")
     config = preset(preset_name, **changes)
@@ -91,6 +86,8 @@ def open_run(
         "finished": None,
         "stages": {},
     }
+    if deployment is not None:
+        record["deployment"] = dict(deployment)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,21 +97,50 @@ def open_run(
     return record
 
 
-def train(directory: Path, record: dict[str, Any], *, is_new: bool) -> int:
+def require_free(directory: Path, *, resume: bool) -> None:
+    """ValueError where a run cannot be started in this directory, or gone on with."""
+    if (directory / "run.json").is_file():
+        require(
+            resume,
+            f"{directory} already holds a run; pass --resume to go on with it, or choose another",
+        )
+    else:
+        require(
+            not directory.exists() or (directory.is_dir() and not any(directory.iterdir())),
+            f"{directory} is in use and holds no run; choose another",
+        )
+
+
+def is_done(name: str, directory: Path) -> bool:
+    """Whether a stage has written all that it ends with."""
+    return all((directory / done).is_file() for done in dict(STAGES)[name])
+
+
+def train(
+    directory: Path,
+    record: dict[str, Any],
+    *,
+    is_new: bool,
+    run: Callable[[str, Path], int] | None = None,
+) -> int:
     """Run the stages that are not done, keep their times in the record; the exit code.
 
     A stage that was cut short goes on from its last checkpoint. `is_new`: what this start wrote
-    is taken away again where the first stage refuses its input.
+    is taken away again where the first stage refuses its input. `run` starts a stage, by default
+    `run_stage`.
     """
     cut_short = record.setdefault("cut_short", {})
     for name, files in STAGES:
-        if all((directory / done).is_file() for done in files):
+        if is_done(name, directory):
             print(f"{name}: done before", flush=True)
+            if name not in record["stages"]:  # as a batch job does it
+                summary = json.loads((directory / files[-1]).read_text(encoding="utf-8"))
+                record["stages"][name] = {"seconds": summary.get("seconds", 0.0)}
             continue
         start = time.monotonic()
         code = 130  # Ctrl-C, unless the stage ends before it
         try:
-            code = run_stage(name, directory)
+            code = (run or run_stage)(name, directory)
         finally:
             seconds = time.monotonic() - start + cut_short.pop(name, 0.0)
             record["faults"] = read_faults(directory)
@@ -161,7 +187,7 @@ def run_stage(name: str, directory: Path) -> int:
 
 def forget(directory: Path) -> None:
     """Take away what a run wrote whose first stage refused its input: the user starts afresh."""
-    for name in ("logs", "sft"):
+    for name in ("logs", "notebooks", "sft"):
         shutil.rmtree(directory / name, ignore_errors=True)
     (directory / "run.json").unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a directory with anything else in it stays

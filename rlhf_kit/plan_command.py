@@ -34,13 +34,13 @@ def plan(arguments: argparse.Namespace) -> int:
     config = preset(arguments.preset or "consumer", **run_flags.changes(arguments))
     gpu = device(arguments.gpu, arguments.gpu_memory)
     found = Plan.of(config, ranks=ranks)
-    print("\n".join([*_models(found), *_table(found, gpu), *_fullest(found, gpu)]), flush=True)
+    lines = [*_models(found), *_table(found, gpu), *_fullest(found), verdict(found, gpu)]
+    print("\n".join(lines), flush=True)
     if not found.fits(gpu.memory):
         choices = that_fit(config, gpu.memory, ranks)
         print("any one of these makes it fit:" if choices else "no single choice makes it fit")
         for choice in choices:
-            flags = " ".join(run_flags.flag(*change) for change in choice.changes.items())
-            print(f"  {flags}    # {choice.price}")
+            print(f"  {run_flags.flags(choice.changes)}    # {choice.price}")
     return 0
 
 
@@ -65,7 +65,7 @@ def _table(plan: Plan, gpu: Device) -> Iterator[str]:
         yield f"{moment.stage:8}{moment.name:16}{moment.peak / GIB:9.1f}{passed:10.2g}"
 
 
-def _fullest(plan: Plan, gpu: Device) -> Iterator[str]:
+def _fullest(plan: Plan) -> Iterator[str]:
     from rlhf_kit.hybrid_engine.memory import GIB
 
     fullest = plan.fullest
@@ -75,8 +75,14 @@ def _fullest(plan: Plan, gpu: Device) -> Iterator[str]:
         yield f"  {size / GIB:8.2f}  {name}"
     if host := plan.ppo.host_bytes * plan.ranks:
         yield f"the hosts keep {host / GIB:.1f} GiB in all"
-    verdict = "it fits" if plan.fits(gpu.memory) else "it does not fit"
-    yield (
-        f"{verdict}: {plan.needed / GIB:.1f} GiB of {gpu.memory:g} are needed, with CUDA's own "
+
+
+def verdict(plan: Plan, gpu: Device) -> str:
+    """Whether a run fits, in one sentence."""
+    from rlhf_kit.hybrid_engine.memory import GIB
+
+    fits = "it fits" if plan.fits(gpu.memory) else "it does not fit"
+    return (
+        f"{fits}: {plan.needed / GIB:.1f} GiB of {gpu.memory:g} are needed, with CUDA's own "
         "memory and what the allocator loses"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_kit.config import PRESETS, require
@@ -35,7 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse._ActionsContainer) -> None:
     """The GPU to plan for."""
     parser.add_argument(
         "--gpu", metavar="NAME", help="h200, h100, a100, a100-40, a6000, 4090 or 3090"
@@ -70,6 +71,11 @@ def flag(key: str, value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     text = text.lower() if isinstance(value, bool) else text
     return f"--set {key.replace('__', '.')}={text}"
+
+
+def flags(changes: Mapping[str, Any]) -> str:
+    """The words of all of them."""
+    return " ".join(flag(*change) for change in changes.items())
 
 
 def _source(text: str) -> dict[str, Any]:

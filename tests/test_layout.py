@@ -15,7 +15,8 @@ LIBRARY = ROOT / "rlhf_kit"
 
 # One line a rank. A file imports what stands above it, or before it on its own line.
 RANKS = [
-    "config distributed functional types integrity signals training_state generators fingerprint",
+    "recipes config distributed functional types integrity signals training_state generators "
+    "fingerprint",
     "parameters statistics trust toy_world row_schemas row_function hub_datasets data_files "
     "datasets batch_order row_store blending split_manifest chat_template encoded_cache "
     "encoded_rows tokenization data_preview data_check faults metrics plots",
@@ -26,7 +27,7 @@ RANKS = [
     "measure results votes launch pipeline run_directory "
     "training_settings resume evaluate report_page report cell_runner "
     "heartbeat rank_process hostfile cluster launch_command preflight chat data_command "
-    "run_flags choices plan_command cli",
+    "run_flags choices fitting plan_command deployment cli",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 ORDER = {name: place for place, name in enumerate(RANK)}

@@ -90,6 +90,20 @@ def test_of_a_kind_the_smallest_change_that_is_enough_is_named(
     assert that_fit(config, 0, 1) == []
 
 
+def test_adapters_are_named_under_zero_3_too_and_not_where_there_are_some(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    def stand_in(config: RunConfig, *, ranks: int) -> SimpleNamespace:
+        return SimpleNamespace(fits=lambda memory: config.actor_engine.lora.rank == LORA_RANK)
+
+    monkeypatch.setattr("rlhf_kit.choices.Plan", SimpleNamespace(of=stand_in))
+    # One base for all roles, the other choice of the kind, does not go with ZeRO-3.
+    sharded = override(config, actor_engine__zero_stage=3, critic_engine__zero_stage=3)
+    (choice,) = that_fit(sharded, 1, 8)
+    assert choice.changes["actor_engine__lora__rank"] == LORA_RANK
+    assert that_fit(override(config, actor_engine__lora__rank=128), 1, 8) == []
+
+
 def test_a_flag_is_read_back_as_it_was_meant(config: RunConfig):
     lora = next(
         choice
