@@ -97,11 +97,14 @@ def attention(name: str, batch: int, sweep: bool) -> dict[str, Any]:
         for _ in range(layers)
     ]
     lengths = torch.full((batch,), CONTEXT, device="cuda")
+    blocks = torch.arange(batch, device="cuda")
     nbytes = layers * 2 * batch * kv_heads * CONTEXT * size * 2
 
     def ours(splits: int = 0) -> None:
         for keys, values in caches:
-            kernels.attend(query, key, value, keys, values, lengths, scale=0.1, splits=splits)
+            kernels.attend(
+                query, key, value, keys, values, lengths, blocks, scale=0.1, splits=splits
+            )
 
     def sdpa() -> None:
         q = query.transpose(0, 1)[:, :, None]

@@ -95,7 +95,7 @@ CASES: dict[str, Case] = {
     "opt-1.3b": Case(iterations=3, micro_batch=64),
     "opt-1.3b-not-compiled": Case(iterations=3, micro_batch=64, changes=PLAIN),
     "opt-1.3b-ragged": Case(
-        batch=1024, slots=320, ragged=True, changes=(("ppo.micro_batch_tokens", 32768),)
+        batch=1024, slots=512, ragged=True, changes=(("ppo.micro_batch_tokens", 32768),)
     ),
     "opt-1.3b-zero2": Case(changes=(("actor_engine.zero_stage", 2),)),
     "opt-1.3b-zero3-tp2": Case(

@@ -106,7 +106,7 @@ def scorer(name: str, *, device: str, dtype: torch.dtype) -> Any:
 
 
 def write_config(name: str, folder: Path) -> str:
-    """The directory in `folder` that holds the configuration of a shape of SHAPES, and no weights."""
+    """The directory in `folder` with the configuration of a shape of SHAPES, and no weights."""
     import transformers
 
     kind, fields = SHAPES[name]

@@ -18,7 +18,6 @@ file is imported).
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

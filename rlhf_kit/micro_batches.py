@@ -21,6 +21,8 @@ from rlhf_kit import distributed
 ROUND = 32
 """Micro-batches by tokens are a multiple of this wide: a GPU's libraries choose (and cuDNN even
 builds) their kernels by shape, which takes longer than the pass when every shape is a new one."""
+ROUND_ROWS = 16
+"""Those of at least so many rows have a multiple of it, the last row coming again."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class MicroBatch:
     rows: Tensor
     """[b] their places in the batch."""
     input_ids: Tensor
-    """[b, t] from the first token of the prompt on; behind a row's last token stands anything."""
+    """[b, t] from the first token of the prompt on; behind a row's last token stands anything.
+    Further rows behind the b are copies, which nothing points to."""
     places: Tensor
     """[N] where the response tokens stand in the flattened `input_ids`, row by row."""
     slots: Tensor
@@ -109,8 +112,17 @@ def micro_batches(
             )
         )
         ids = sequences.index_select(0, index).gather(1, columns)
+        if by_tokens:
+            ids = torch.cat([ids, ids[-1:].expand(_copies(*ids.shape, size), -1)])
         made.append(MicroBatch(index + first, ids, places, slots, lasts))
     return made
+
+
+def _copies(rows: int, width: int, tokens: int | None) -> int:
+    """Rows to add to a group, which then still has at most `tokens` tokens."""
+    more = -rows % ROUND_ROWS
+    room = (rows + more) * width <= (tokens or 0)
+    return more if rows > ROUND_ROWS and room else 0
 
 
 def rounded(width: int) -> int:

@@ -69,8 +69,8 @@ def test_prompts_read_by_compiled_layers_are_those_read_by_plain_ones(kind: str)
     step = step_after_prompts(tiny(kind, **ALL[kind]))
     other = {i: (k.clone(), v.clone()) for i, (k, v) in step.cache.layers.items()}
     chance = torch.Generator().manual_seed(3)
-    for lengths in ([5, 3, 9], [7, 7], [2, 6, 6, 4]):  # of prompts, into slots from behind
-        slots = torch.arange(len(lengths)).flip(0) + 2
+    for lengths in ([5, 3, 9], [7, 7], [2, 6, 6, 4]):  # of prompts, into blocks from behind
+        blocks = torch.arange(len(lengths)).flip(0) + 2
         at = torch.arange(max(lengths))
         inside = at < torch.tensor(lengths)[:, None]
         ends = torch.tensor(lengths).cumsum(0)
@@ -80,7 +80,7 @@ def test_prompts_read_by_compiled_layers_are_those_read_by_plain_ones(kind: str)
         unpad = inside.flatten().nonzero()[:, 0]
         tokens = torch.randint(8, 40, (sum(lengths),), generator=chance)
         positions = at.expand_as(inside)[inside]
-        plan = PromptPlan(step.cache, len(lengths), slots, None if inside.all() else pad, unpad)
+        plan = PromptPlan(step.cache, len(lengths), blocks, None if inside.all() else pad, unpad)
         with torch.no_grad():
             fast = step.read(tokens, positions, plan, ends - 1)
             read = {i: (k.clone(), v.clone()) for i, (k, v) in step.cache.layers.items()}
@@ -91,8 +91,8 @@ def test_prompts_read_by_compiled_layers_are_those_read_by_plain_ones(kind: str)
         assert torch.allclose(plain, fast, atol=1e-5)
         for i, (keys, values) in read.items():
             for fast_block, block in zip((keys, values), step.cache.layers[i], strict=True):
-                for slot, length in zip(slots.tolist(), lengths, strict=True):
-                    there = fast_block[slot, :, :length], block[slot, :, :length]
+                for at_block, length in zip(blocks.tolist(), lengths, strict=True):
+                    there = fast_block[at_block, :, :length], block[at_block, :, :length]
                     assert torch.allclose(*there, atol=1e-5)
 
 

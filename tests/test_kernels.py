@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from rlhf_kit.hybrid_engine import kernels
 from rlhf_kit.hybrid_engine.sampling import draw, log_distribution
-from rlhf_kit.hybrid_engine.slots import ALIVE, AT, LENGTH, ROW, TOKEN, Slots
+from rlhf_kit.hybrid_engine.slots import ALIVE, AT, BLOCK, LENGTH, ROW, TOKEN, Slots
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter multiplies bf16 matrices as if their bits were integers.
@@ -80,18 +80,20 @@ def test_attention_over_slots_equals_float64_and_stores_the_new_token(shape, dty
     lengths = torch.randint(0, longest, (rows,), generator=chance).to(DEVICE)
     lengths[0], lengths[1] = longest, 0
     before = keys.clone(), values.clone()
+    blocks = torch.randperm(slots, generator=chance)[:rows].to(DEVICE)
+    there = keys[blocks].cpu(), values[blocks].cpu()
     expected = expected_attention(
-        query.cpu(), key.cpu(), value.cpu(), keys.cpu(), values.cpu(), lengths, 0.3, window, softcap
+        query.cpu(), key.cpu(), value.cpu(), *there, lengths, 0.3, window, softcap
     )
     out = kernels.attend(
-        query, key, value, keys, values, lengths,
+        query, key, value, keys, values, lengths, blocks,
         scale=0.3, window=window, softcap=softcap, splits=splits,
     )  # fmt: skip
     assert out.shape == (rows, heads, value_size) and out.dtype == dtype
     assert relative_error(out, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
     for block, old, new in ((keys, before[0], key), (values, before[1], value)):
         for n in range(rows):
-            old[n, :, int(lengths[n])] = new[:, n]
+            old[int(blocks[n]), :, int(lengths[n])] = new[:, n]
         assert torch.equal(block, old)
 
 
@@ -99,11 +101,13 @@ def test_what_lies_behind_a_rows_end_is_never_read():
     chance = torch.Generator().manual_seed(5)
     query, key, value = (torch.randn(4, 2, 16, generator=chance).to(DEVICE) for _ in range(3))
     keys, values = (torch.randn(2, 4, 64, 16, generator=chance).to(DEVICE) for _ in range(2))
-    lengths = torch.tensor([5, 33], device=DEVICE)
+    lengths, blocks = torch.tensor([5, 33], device=DEVICE), torch.arange(2, device=DEVICE)
     for n, length in enumerate(lengths.tolist()):
         keys[n, :, length:], values[n, :, length:] = torch.nan, torch.nan
     for splits in (1, 4):
-        out = kernels.attend(query, key, value, keys, values, lengths, scale=0.25, splits=splits)
+        out = kernels.attend(
+            query, key, value, keys, values, lengths, blocks, scale=0.25, splits=splits
+        )
         assert bool(out.isfinite().all())
 
 
@@ -191,7 +195,7 @@ def test_advance_by_hand():
             slots.produced, slots.ended, slots.eos, limit=2,
         )  # fmt: skip
         if tokens == [9, 5, 9]:  # the prompt's 4 tokens are in the cache; the token is not yet
-            assert slots.state[:, 1:].tolist() == [
+            assert slots.state[:BLOCK, 1:].tolist() == [
                 [9, 5, 9],
                 [4, 0, 4],
                 [0, 1, 2],

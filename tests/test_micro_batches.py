@@ -85,6 +85,21 @@ def test_micro_batches_by_tokens_have_few_widths():
         assert micro.input_ids.flatten()[micro.lasts].eq(1).all()
 
 
+def test_micro_batches_by_tokens_have_few_numbers_of_rows_and_copies_count_for_nothing():
+    lengths = torch.tensor([30] * 37 + [10] * 3)
+    mask = torch.arange(64) < lengths[:, None]
+    sequences = torch.arange(40)[:, None] * 100 + torch.arange(64)
+    parts = micro_batches(sequences, mask, 60, size=64 * 32, by_tokens=True)
+    assert [len(part.input_ids) for part in parts] == [48]  # 40 rows, and 8 that come again
+    assert torch.equal(parts[0].input_ids[40:], parts[0].input_ids[39:40].expand(8, -1))
+    assert len(parts[0].rows) == len(parts[0].lasts) == 40
+    assert len(parts[0].places) == 37 * 26 + 3 * 6 and int(parts[0].places.max()) < 40 * 32
+    # Where there is no room for copies, and where rows are few, there are none.
+    (tight,) = micro_batches(sequences, mask, 60, size=40 * 32, by_tokens=True)
+    few = micro_batches(sequences[:5], mask[:5], 60, size=64 * 32, by_tokens=True)
+    assert len(tight.input_ids) == 40 and len(few[0].input_ids) == 5
+
+
 def test_ranks_make_as_many_groups_as_the_one_that_needs_most(monkeypatch: pytest.MonkeyPatch):
     assert within_tokens([2] * 8, 256, at_least=3) == [[0, 1], [2, 3], [4, 5, 6, 7]]
     assert within_tokens([2, 2], 64, at_least=2) == [[0], [1]]

@@ -87,13 +87,13 @@ def check_length(model: Any, longest: int) -> None:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """K prompts, packed one after another, going into `slots`."""
+    """K prompts, packed one after another, going into `blocks`."""
 
     cache: KVCache
     rows: int
     """K."""
-    slots: Tensor
-    """[K] the slots."""
+    blocks: Tensor
+    """[K] the blocks of the cache."""
     pad: Tensor | None
     """[K, P] where each prompt's tokens stand in the packed row; any token behind its end. None:
     all prompts have the same length, and the packed row is [K, P] already."""
@@ -103,7 +103,7 @@ class PromptPlan:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         # Padded on the right, a causal mask is all that real tokens need.
         query, key, value = (self._padded(x[0].transpose(0, 1)) for x in (query, key, value))
-        self.cache.write_prompts(layer, self.slots, key, value)
+        self.cache.write_prompts(layer, self.blocks, key, value)
         out = attend_prompts(query, key, value, rule).transpose(1, 2).flatten(0, 1)
         return out if self.pad is None else out[self.unpad]
 
@@ -116,7 +116,7 @@ class PromptPlan:
 class PackedPrompts(NamedTuple):
     """A `PromptPlan` without the cache, which layers have from `attach`: tensors can be traced."""
 
-    slots: Tensor
+    blocks: Tensor
     pad: Tensor | None
     unpad: Tensor
 
@@ -203,8 +203,8 @@ def own_attention(model: nn.Module, implementation: str = NAME) -> Iterator[None
     """Let `model` attend through this module inside the block, with dropout off.
 
     `implementation` is NAME, which takes a `PromptPlan` or `TokenPlan`, or one of those that run
-    in layers that `attach` gave their cache: STEP_NAME takes the lengths [N] of the slots as
-    `plan`, PROMPT_NAME takes `PackedPrompts`.
+    in layers that `attach` gave their cache: STEP_NAME takes the lengths and blocks of the slots,
+    both [N], as `plan`, PROMPT_NAME takes `PackedPrompts`.
 
     The attention implementation in its configs and the train/eval state of every module are what
     they were afterwards.
@@ -256,6 +256,7 @@ def attend_step(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
+    blocks: Tensor,
     scale: float,
     window: int,
     softcap: float,
@@ -264,14 +265,16 @@ def attend_step(
     if query.is_cuda:
         from rlhf_kit.hybrid_engine import kernels
 
-        return kernels.attend(
-            query, key, value, keys, values, lengths, scale=scale, window=window, softcap=softcap
-        )
+        rule = {"scale": scale, "window": window, "softcap": softcap}
+        return kernels.attend(query, key, value, keys, values, lengths, blocks, **rule)
     cache = KVCache(*keys.shape[::2])
-    cache.layers[0] = (keys, values)
+    cache.layers[0] = (keys[blocks], values[blocks])
     plan = TokenPlan(cache, lengths, int(lengths.max()) + 1)
-    rule = Rule(scale, window or None, softcap or None)
-    return plan.attend(0, query[None], key[None], value[None], rule).contiguous()
+    out = plan.attend(
+        0, query[None], key[None], value[None], Rule(scale, window or None, softcap or None)
+    )
+    keys[blocks], values[blocks] = cache.layers[0]
+    return out.contiguous()
 
 
 @attend_step.register_fake
@@ -282,6 +285,7 @@ def _(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
+    blocks: Tensor,
     scale: float,
     window: int,
     softcap: float,
@@ -296,7 +300,7 @@ def attend_packed(
     value: Tensor,
     keys: Tensor,
     values: Tensor,
-    slots: Tensor,
+    blocks: Tensor,
     pad: Tensor | None,
     unpad: Tensor,
     scale: float,
@@ -306,7 +310,7 @@ def attend_packed(
     """`PromptPlan.attend` as one operator, so that it can be compiled around."""
     cache = KVCache(*keys.shape[::2])
     cache.layers[0] = (keys, values)
-    plan = PromptPlan(cache, len(slots), slots, pad, unpad)
+    plan = PromptPlan(cache, len(blocks), blocks, pad, unpad)
     rule = Rule(scale, window or None, softcap or None)
     return plan.attend(0, query[None], key[None], value[None], rule).contiguous()
 
@@ -318,7 +322,7 @@ def _(
     value: Tensor,
     keys: Tensor,
     values: Tensor,
-    slots: Tensor,
+    blocks: Tensor,
     pad: Tensor | None,
     unpad: Tensor,
     scale: float,
@@ -335,7 +339,7 @@ def _step_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: Tensor,
+    plan: tuple[Tensor, Tensor],
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -348,7 +352,7 @@ def _step_attention(
         value[0],
         module.kit_keys,
         module.kit_values,
-        plan,
+        *plan,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window or 0,
         softcap or 0.0,
@@ -376,7 +380,7 @@ def _packed_attention(
         value[0],
         module.kit_keys,
         module.kit_values,
-        plan.slots,
+        plan.blocks,
         plan.pad,
         plan.unpad,
         query.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -185,7 +185,7 @@ def fold_scale(graph: torch.fx.GraphModule) -> None:
         number = query.args[1] if query.target is operator.mul else None
         if isinstance(number, float) and len(query.users) == 1:
             query.replace_all_uses_with(query.args[0])
-            node.update_arg(6, node.args[6] * number)
+            node.update_arg(7, node.args[7] * number)
             graph.graph.erase_node(query)
     graph.recompile()
 

@@ -268,6 +268,8 @@ class _Run:
         self.waiting = sorted(range(rows), key=lambda row: self.prompt_len[row])
         self.row: list[int | None] = [None] * min(self.cache.slots, max(1, rows))
         """The row of the batch in each slot; None in a free one."""
+        self.block = list(range(len(self.row)))
+        """The block of the cache that each slot has."""
         self.since = [0] * len(self.row)
         """The first step of a slot's row in it: what was seen before was of another row."""
         self.entered = [0] * rows
@@ -330,12 +332,18 @@ class _Run:
         out = [slot for slot in range(self.occupied, last) if self.row[slot] is not None]
         if not out:
             return
-        span = self._span(row for slot in out if (row := self.row[slot]) is not None)
         source, target = (sent(torch.tensor(x), self.slots.state.device) for x in (out, into))
         self.slots.move(source, target)
-        self.cache.move(source, target, span)
+        by_swapping = self.decode.captured  # there the kernel finds each slot's block
+        if by_swapping:
+            self.slots.swap_blocks(source, target)
+        else:
+            span = self._span(row for slot in out if (row := self.row[slot]) is not None)
+            self.cache.move(source, target, span)
         for i, j in zip(into, out, strict=True):
             self.row[i], self.row[j] = self.row[j], None
+            if by_swapping:
+                self.block[i], self.block[j] = self.block[j], self.block[i]
             self.since[i] = self.steps + 1
 
     def _span(self, rows: Iterable[int]) -> int:
@@ -374,6 +382,7 @@ class _Run:
         """Run the prompts of `rows` into `slots`, and sample the first token of each."""
         device = self.packed.device
         into = sent(torch.tensor(slots), device)
+        blocks = sent(torch.tensor([self.block[slot] for slot in slots]), device)
         lengths = torch.tensor([self.prompt_len[row] for row in rows])
         begins = torch.tensor([self.offsets[row] for row in rows])
         ends = lengths.cumsum(0)
@@ -386,7 +395,7 @@ class _Run:
         plan = PromptPlan(
             self.cache,
             len(slots),
-            into,
+            blocks,
             None if inside.all() else sent(pad, device),
             sent(unpad, device),
         )

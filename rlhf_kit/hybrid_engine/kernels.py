@@ -1,8 +1,8 @@
 """Triton kernels of decoding: attention over the slots, sampling, bookkeeping, prompts stored.
 
-Shapes: K prompts, P the longest of them, N rows being decoded, H query heads, Hkv key/value heads, G = H / Hkv, D head size of
-queries and keys, E of values, C the most tokens a slot holds, X splits of the context,
-V vocabulary, W blocks of the vocabulary.
+Shapes: K prompts, P the longest of them, N rows being decoded, H query heads, Hkv key/value heads,
+G = H / Hkv, D head size of queries and keys, E of values, C the most tokens a block of the cache
+holds, X splits of the context, V vocabulary, W parts of the vocabulary.
 
 Decoding reads every weight and every cached key and value once a token and does little with
 them: the bytes are the time. So attention reads each row's own length and no more, serves the G
@@ -54,9 +54,9 @@ def _capped(scores, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _attend(
-    query, key, value, keys, values, lengths, out, partial, stats,
+    query, key, value, keys, values, lengths, blocks, out, partial, stats,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    ks_slot, ks_head, vs_slot, vs_head,
+    ks_block, ks_head, vs_block, vs_head,
     scale, window, softcap,
     G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
@@ -71,8 +71,9 @@ def _attend(
 
     q_at = query + row * q_row + (head * G + g[:, None]) * q_head + d[None, :]
     q = tl.load(q_at, mask=in_g[:, None] & in_d[None, :], other=0.0)
-    keys += row.to(tl.int64) * ks_slot + head * ks_head
-    values += row.to(tl.int64) * vs_slot + head * vs_head
+    block = tl.load(blocks + row)
+    keys += block * ks_block + head * ks_head
+    values += block * vs_block + head * vs_head
 
     top = tl.full([GP], -float("inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
@@ -150,24 +151,27 @@ def attend(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
+    blocks: Tensor,
     *,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
     splits: int = 0,
 ) -> Tensor:
-    """Attention of one new token a row over its slot; the token is stored behind it.
+    """Attention of one new token a row over its block; the token is stored behind it.
 
     query [H, N, D], key [Hkv, N, D], value [Hkv, N, E] of the new tokens, in any strides with
     the last one 1; keys [S, Hkv, C, D], values [S, Hkv, C, E] with S >= N, contiguous;
-    lengths [N] int64, tokens in each slot before the new one, whose position it becomes, below C.
+    lengths [N] int64, tokens of each row before the new one, whose position it becomes, below C;
+    blocks [N] int64, where in keys and values each row is, no two of them the same.
     A token sees itself and, with a window, the `window - 1` tokens before it; 0 is no window and
     no softcap. `splits` of the context, 0 chooses by the number of rows and heads.
     Returns [N, H, E].
     """
     (heads, rows, size), (kv_heads, value_size) = query.shape, value.shape[::2]
     assert keys.is_contiguous() and values.is_contiguous() and query.stride(2) == 1
-    assert key.stride(2) == 1 and value.stride(2) == 1 and lengths.shape == (rows,)
+    assert key.stride(2) == 1 and value.stride(2) == 1
+    assert lengths.shape == blocks.shape == (rows,)
     groups = heads // kv_heads
     dot = groups > 1
     if not splits:
@@ -181,7 +185,7 @@ def attend(
         stats = query.new_empty(rows, heads, splits, 2, dtype=torch.float32)
     block, warps, stages = tiles(rows * kv_heads, dot)
     _attend[(rows, kv_heads, splits)](
-        query, key, value, keys, values, lengths, out, partial, stats,
+        query, key, value, keys, values, lengths, blocks, out, partial, stats,
         query.stride(1), query.stride(0), key.stride(1), key.stride(0),
         value.stride(1), value.stride(0),
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
@@ -208,28 +212,28 @@ def attend(
 
 @triton.jit
 def _store(
-    new, block, slots, n_row, n_head, n_token, b_slot, b_head,
+    new, cache, blocks, n_row, n_head, n_token, b_block, b_head,
     P, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at, d = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
     inside = (at < P)[:, None] & (d < D)[None, :]
     source = new + row * n_row + head * n_head + at[:, None] * n_token + d[None, :]
-    target = block + tl.load(slots + row) * b_slot + head * b_head + at[:, None] * D + d[None, :]
+    target = cache + tl.load(blocks + row) * b_block + head * b_head + at[:, None] * D + d[None, :]
     tl.store(target, tl.load(source, mask=inside, other=0.0), mask=inside)
 
 
-def store(new: Tensor, block: Tensor, slots: Tensor) -> None:
-    """Put new [K, Hkv, P, D], in any strides, into `slots` [K] int64.
+def store(new: Tensor, cache: Tensor, blocks: Tensor) -> None:
+    """Put new [K, Hkv, P, D], in any strides, into `blocks` [K] int64.
 
-    `block` [S, Hkv, C, D], contiguous, P <= C. torch's `index_put` takes several times as long.
+    `cache` [S, Hkv, C, D], contiguous, P <= C. torch's `index_put` takes several times as long.
     """
-    assert block.is_contiguous()
+    assert cache.is_contiguous()
     new = new if new.stride(3) == 1 else new.contiguous()
     rows, heads, length, size = new.shape
     tokens = 64
     _store[(rows, heads, triton.cdiv(length, tokens))](
-        new, block, slots, *new.stride()[:3], *block.stride()[:2],
+        new, cache, blocks, *new.stride()[:3], *cache.stride()[:2],
         length, D=size, DP=triton.next_power_of_2(size), BLOCK=tokens, num_warps=4,
     )  # fmt: skip
 
@@ -313,7 +317,7 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """One token and its fp32 log-probability for each row of logits [N, V], both [N].
 
-    `slots` [N], `state` [5, S] as `slots.Slots` has it, `uniform` [rows, R] float64, `eos` the
+    `slots` [N], `state` [6, S] as `slots.Slots` has it, `uniform` [rows, R] float64, `eos` the
     token ids that are banned before `min_new_tokens`. What is drawn is what `sampling.draw`
     draws from `sampling.log_distribution`, but for rounding at a boundary.
     """

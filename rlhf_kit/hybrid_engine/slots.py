@@ -18,13 +18,14 @@ from rlhf_kit.config import GenerationConfig
 from rlhf_kit.distributed import sent
 from rlhf_kit.hybrid_engine.sampling import draw, log_distribution, uniforms
 
-TOKEN, LENGTH, ROW, AT, ALIVE = range(5)
+TOKEN, LENGTH, ROW, AT, ALIVE, BLOCK = range(6)
 """Rows of `Slots.state`: the token to feed, the tokens in the cache before it, the row of the
-batch, the place in its response that is sampled next, and 1 while the row has not ended."""
+batch, the place in its response that is sampled next, 1 while the row has not ended, and the
+block of the cache that holds its keys and values."""
 
 
 class Slots:
-    """State [5, S] of the slots, and the responses [B, R] they write."""
+    """State [6, S] of the slots, and the responses [B, R] they write."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class Slots:
         pad_token_id: int,
         device: torch.device,
     ) -> None:
-        self.state = torch.zeros(5, slots, dtype=torch.long, device=device)
+        self.state = torch.zeros(6, slots, dtype=torch.long, device=device)
         self.order = torch.arange(slots, device=device)
         self.response_ids = torch.full((rows, limit), pad_token_id, device=device)
         self.logprobs = torch.zeros(rows, limit, device=device)
@@ -51,6 +52,7 @@ class Slots:
     def begin(self, seeds: Tensor) -> None:
         """Forget the last batch; rows sample with `seeds` [b], b <= B."""
         self.state.zero_()
+        self.state[BLOCK] = self.order
         self.response_ids.fill_(self.pad_token_id)
         self.logprobs.zero_()
         self.produced.zero_()
@@ -62,13 +64,18 @@ class Slots:
         """Put rows whose prompts, of `lengths` tokens, are in the cache into `slots` [K]."""
         k, device = len(rows), self.state.device
         new = torch.tensor([[0] * k, list(lengths), list(rows), [0] * k, [1] * k])
-        self.state[:, slots] = sent(new, device)
+        self.state[:BLOCK, slots] = sent(new, device)
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Move slots [K] into free ones; the ones they leave are free afterwards."""
-        self.state[:, target] = self.state[:, source]
+        """Move slots [K] into free ones, all but their blocks; those they leave are free then."""
+        self.state[:BLOCK, target] = self.state[:BLOCK, source]
         self.state[LENGTH, source] = 0
         self.state[ALIVE, source] = 0
+
+    def swap_blocks(self, source: Tensor, target: Tensor) -> None:
+        """Let slots [K] and [K] have each other's blocks."""
+        both, other = torch.cat([source, target]), torch.cat([target, source])
+        self.state[BLOCK, both] = self.state[BLOCK, other]
 
     def sample(self, logits: Tensor, slots: Tensor, config: GenerationConfig) -> None:
         """Sample for `slots` [K] from their logits [K, V] and move them on.
@@ -140,7 +147,7 @@ class Slots:
 
     def advance(self, token: Tensor, logprob: Tensor, slots: Tensor, limit: int) -> None:
         """Write down a token and its logprob for each of `slots` [K] that is alive."""
-        _, length, row, at, alive = self.state[:, slots]
+        _, length, row, at, alive, _ = self.state[:, slots]
         living = alive.bool()
         is_eos = (token[:, None] == self.eos).any(dim=1)
         written = row[living], at[living]

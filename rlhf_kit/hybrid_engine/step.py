@@ -36,7 +36,7 @@ from rlhf_kit.hybrid_engine.attention import (
 )
 from rlhf_kit.hybrid_engine.compiled_layers import compiled_layers
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
-from rlhf_kit.hybrid_engine.slots import LENGTH, TOKEN, Slots
+from rlhf_kit.hybrid_engine.slots import BLOCK, LENGTH, TOKEN, Slots
 
 BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Numbers of rows that graphs are captured for, and multiples of the last; other numbers run in
@@ -91,15 +91,15 @@ class Step:
 
     def _logits(self, n: int) -> Tensor:
         """[N, V] logits of the tokens that follow; keys and values go into the cache."""
-        token, length = self.slots.state[TOKEN, :n], self.slots.state[LENGTH, :n]
-        return forward(self.model, token, length, length)
+        token, length, block = (self.slots.state[i, :n] for i in (TOKEN, LENGTH, BLOCK))
+        return forward(self.model, token, length, (length, block))
 
     def read(self, tokens: Tensor, positions: Tensor, plan: PromptPlan, keep: Tensor) -> Tensor:
         """Prompts, packed [M], into their slots by compiled layers; logits [K, V] of `keep` [K].
 
         The cache must have been written to before.
         """
-        packed = PackedPrompts(plan.slots, plan.pad, plan.unpad)
+        packed = PackedPrompts(plan.blocks, plan.pad, plan.unpad)
         while True:
             with ExitStack() as stack:
                 stack.enter_context(own_attention(self.model, PROMPT_NAME))
