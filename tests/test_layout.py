@@ -20,7 +20,7 @@ RANKS = [
     "parameters statistics trust toy_world row_schemas row_function hub_datasets data_files "
     "datasets batch_order row_store blending split_manifest chat_template encoded_cache "
     "encoded_rows tokenization data_preview data_check faults metrics plots",
-    "models token_logprobs micro_batches adapters shared_base deepspeed_config",
+    "models logprob_kernels token_logprobs micro_batches adapters shared_base deepspeed_config",
     "hybrid_engine memory_check checkpoint checkpoint_directory ema",
     "sft reward scorer rlhf_engine rollout mixture monitor",
     "ppo invariants",
