@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_kit import pipeline
 from rlhf_kit.launch import run_notebook
 from rlhf_kit.metrics import read_metrics
-from rlhf_kit.tokenization import encode_prompt, prepare_tokenizer
+from rlhf_kit.tokenization import encode_prompt, load_tokenizer, prepare_tokenizer
 from rlhf_kit.toy_world import entities
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +59,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
 }
 """What the preset is changed in for each shape of `shapes.py`; `tiny` tries this script out."""
-PROMPT = "Say this, number {}: {}"
+PROMPT = "Say this, number {:05d}: {}"
 STAGES = {"02_sft": "sft", "03_reward_model": "reward", "04_ppo": "ppo"}
 BEFORE = """
 # %%
@@ -95,10 +95,11 @@ def words(count: int, rng: Random) -> list[str]:
 
 
 def long_text(longest: int, tokenizer: Any, rng: Random) -> str:
-    """Words that make a prompt of `longest` tokens, or one less, behind its number."""
+    """Words that make a prompt of nearly `longest` tokens, whatever its number."""
+    longest -= 4  # five digits are one token to some vocabularies, and five to others
     said, over = words(longest, rng), 1
     while over > 0:  # a word has a few tokens at most
-        dialogue = [{"role": "user", "content": PROMPT.format(10_000, " ".join(said))}]
+        dialogue = [{"role": "user", "content": PROMPT.format(0, " ".join(said))}]
         over = len(encode_prompt(tokenizer, dialogue)) - longest
         if over > 0:
             del said[-max(over // 2, 1) :]
@@ -187,6 +188,8 @@ def measure(run: Path, name: str, stage: str, fraction: float) -> dict[str, Any]
     if code or not peak.is_file():
         return {"exit_code": code, "said": log.read_text(encoding="utf-8").splitlines()[-5:]}
     steps = seconds_a_step(run, stage)
+    if not steps:
+        return {"exit_code": code, "said": [f"{name} made too few steps to time one"]}
     # The first one warms up; PPO's is the critic's alone.
     steady = median(steps[1:] if len(steps) > 1 else steps)
     return {
@@ -210,8 +213,11 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batch = changes.get("ppo__batch_size", 128)
     needed = max(args.steps * changes.get("sft__batch_size", 64), batch)
     tokenizer = make_tokenizer()
-    write_pairs(pairs, 7 * needed, longest, tokenizer)  # two in ten rows are SFT's
     parameters = write_model(model, args.shape, tokenizer)
+    # By the tokenizer as the notebooks load it: beside another architecture's config transformers
+    # may split words otherwise than the one that was saved.
+    tokenizer = load_tokenizer(str(model))
+    write_pairs(pairs, 7 * needed, longest, tokenizer)  # two in ten rows are SFT's
     pipeline.open_run(
         run,
         preset_name="consumer",

@@ -45,7 +45,8 @@ def _logprobs(
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
     at = tl.arange(0, BLOCK)
-    top, total, weighted = -float("inf"), 0.0, 0.0
+    # The sums of share and of share * (x - top). A finite first maximum: 0 * inf is not 0.
+    top, total, weighted = -3.0e38, 0.0, 0.0
     for start in range(0, V, BLOCK):
         inside = start + at < V
         x = tl.load(logits + start + at, mask=inside, other=0.0)
@@ -53,14 +54,14 @@ def _logprobs(
         new_top = tl.maximum(top, tl.max(tl.where(inside, x, -float("inf")), axis=0))
         share = tl.where(inside, tl.exp(x - new_top), 0.0)
         shrink = tl.exp(top - new_top)
+        weighted = (weighted + (top - new_top) * total) * shrink
+        weighted += tl.sum(share * tl.where(inside, x - new_top, 0.0), axis=0)
         total = total * shrink + tl.sum(share, axis=0)
-        weighted = weighted * shrink + tl.sum(share * x, axis=0)
         top = new_top
-    normalizer = top + tl.log(total)
     chosen = _formed(tl.load(logits + tl.load(ids + row)), factor, softcap, SOFTCAP) * cold
-    tl.store(result + row * 2, chosen - normalizer)
-    tl.store(result + row * 2 + 1, normalizer - weighted / total)
-    tl.store(normalizers + row, normalizer)
+    tl.store(result + row * 2, (chosen - top) - tl.log(total))
+    tl.store(result + row * 2 + 1, tl.log(total) - weighted / total)
+    tl.store(normalizers + row, top + tl.log(total))
 
 
 @triton.jit

@@ -199,7 +199,7 @@ def test_tied_embeddings_train_under_zero(stage: int, tokenizer: Any):
         OptimizerConfig(),
         total_steps=1,
     )
-    found, _ = chosen_logprobs(engine, ids, places, chunk=3)
-    torch.testing.assert_close(found, logprobs, rtol=1e-5, atol=1e-5)
+    found, _ = chosen_logprobs(engine, ids.to(engine.device), places.to(engine.device), chunk=3)
+    torch.testing.assert_close(found.cpu(), logprobs, rtol=1e-5, atol=1e-5)
     engine.backward(-found.sum())
     assert engine.step().grad_norm == pytest.approx(float(norm), rel=1e-4)
