@@ -71,7 +71,7 @@ class Answer:
     read: float = field(default_factory=time.monotonic)
     """When somebody last looked."""
     prompt_ids: array[int] = field(default_factory=lambda: array("i"))
-    """Four bytes each: hundreds of answers are kept, each with its whole prompt."""
+    """Four bytes each: many answers are kept, each with its whole prompt."""
     dropped: int = 0
     ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)

@@ -38,7 +38,7 @@ class Limits:
     """An answer that nobody has read for so long ends: its page is gone."""
     running: int = 16
     """Answers of all sessions that wait or are decoded at once."""
-    kept: int = 400
+    kept: int = 128
     """Answers, and comparisons, remembered for scores and votes; the oldest are forgotten."""
     updates_per_second: float = 12.0
     """Events of a stream, at most."""

@@ -56,6 +56,6 @@ def test_a_logit_far_above_the_others_gives_no_infinity():
     logprob_kernels.logprobs(logits, ids, result, normalizers, **settings)
     # The first is certain; the second is one of nothing beside eight equal ones.
     assert result[0].tolist() == [0.0, 0.0]
-    assert result[1, 1] == pytest.approx(2.0794415, abs=1e-5)  # log 8
+    assert result[1, 1].item() == pytest.approx(2.0794415, abs=1e-5)  # log 8
     grad = logprob_kernels.gradient(logits, ids, normalizers, torch.ones(2).to(DEVICE), **settings)
     assert bool(grad.isfinite().all())
