@@ -36,7 +36,7 @@ demo: $(STAMP) ## train the toy world into runs/demo and print the report (goes 
 	@$(BIN)/rlhf-kit train --preset toy --output-dir $(DEMO) --resume
 
 test: $(STAMP) ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP) ## check style, spelling and types
 	@status=0; \
