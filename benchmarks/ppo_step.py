@@ -81,7 +81,6 @@ class Case:
     """Settings of the run, by dotted name."""
 
 
-PLAIN = (("actor_engine.compile_layers", False), ("critic_engine.compile_layers", False))
 LEAN = (
     ("actor_engine.lora.rank", 8),
     ("actor_engine.lora.merge", False),
@@ -93,13 +92,12 @@ LEAN = (
 CASES: dict[str, Case] = {
     "tiny": Case("tiny", "tiny", batch=8, micro_batch=4, slots=4),
     "opt-1.3b": Case(iterations=3, micro_batch=64),
-    "opt-1.3b-not-compiled": Case(iterations=3, micro_batch=64, changes=PLAIN),
     "opt-1.3b-ragged": Case(
         batch=1024, slots=512, ragged=True, changes=(("ppo.micro_batch_tokens", 32768),)
     ),
     "opt-1.3b-zero2": Case(changes=(("actor_engine.zero_stage", 2),)),
     "opt-1.3b-zero3-tp2": Case(
-        changes=(*PLAIN, ("actor_engine.zero_stage", 3), ("actor_engine.generation_tp", 2))
+        changes=(("actor_engine.zero_stage", 3), ("actor_engine.generation_tp", 2))
     ),
     "opt-13b-zero3-tp2": Case(
         "opt-13b",
@@ -108,7 +106,6 @@ CASES: dict[str, Case] = {
         slots=32,
         changes=(
             *LEAN,
-            *PLAIN,
             ("actor_engine.zero_stage", 3),
             ("actor_engine.generation_tp", 2),
         ),
@@ -135,8 +132,7 @@ CASES: dict[str, Case] = {
 def run_config(case: Case, folder: Path) -> RunConfig:
     """`folder` takes the models' configurations, for the prediction of memory."""
     ranks = distributed.world_size()
-    cuda = DEVICE == "cuda"
-    engine = EngineConfig(zero_stage=1, dtype="bf16" if cuda else "fp32", compile_layers=cuda)
+    engine = EngineConfig(zero_stage=1, dtype="bf16" if DEVICE == "cuda" else "fp32")
     config = dataclasses.replace(
         preset("consumer"),
         actor_model=write_config(case.actor, folder),

@@ -105,9 +105,6 @@ class EngineConfig:
     """Adapters instead of all weights."""
     cuda_graphs: bool = True
     """On a GPU, compile the actor's layers for generation and replay each step as a CUDA graph."""
-    compile_layers: bool = False
-    """Compile the layers for scoring and training too (ZeRO 0-2): pays off after some tens of
-    steps. The first ratio is then 1 up to rounding, as scoring and training run other kernels."""
     keep_cache: bool = False
     """Keep what generation holds (KV cache, captured steps, parts of weights) while training: saves
     making it again in every iteration, and takes the memory."""
@@ -119,11 +116,6 @@ class EngineConfig:
         require(self.generation_tp >= 1, "generation_tp must be at least 1")
         require(self.zero_stage in (0, 1, 2, 3), "zero_stage must be 0, 1, 2 or 3")
         require(self.dtype in ("fp32", "bf16"), "dtype must be fp32 or bf16")
-        require(
-            not self.compile_layers or self.zero_stage < 3,
-            "compile_layers needs zero_stage 2 or less: under 3 weights come layer by layer, which "
-            "cannot be compiled",
-        )
         require(
             not self.offload_optimizer or self.zero_stage >= 1,
             "offload_optimizer needs zero_stage 1 or more",

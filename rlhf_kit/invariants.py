@@ -75,8 +75,7 @@ def check_after_first_step(trainer: PPOTrainer) -> list[Check]:
 
 def _exact(trainer: PPOTrainer) -> bool:
     """Whether old logprobs, the ref's and those of training come from the same operations."""
-    config = trainer.args.actor_engine
-    return trainer.config.old_logprobs != "rollout" and not config.compile_layers
+    return trainer.config.old_logprobs != "rollout"
 
 
 def _first_ratio(trainer: PPOTrainer, experience: Experience) -> Check:

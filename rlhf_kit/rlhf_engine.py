@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from rlhf_kit import distributed
-from rlhf_kit.config import EngineConfig, RunConfig, exact_div, require
+from rlhf_kit.config import RunConfig, exact_div, require
 from rlhf_kit.ema import EMA
-from rlhf_kit.hybrid_engine.compiled_layers import compile_for_training
 from rlhf_kit.hybrid_engine.engine import HybridEngine
 from rlhf_kit.hybrid_engine.parked import Parked, parked_module
 from rlhf_kit.hybrid_engine.training import TrainingEngine, start_deepspeed
@@ -132,11 +131,9 @@ class RLHFEngine:
         if self.ema is not None:
             self.ema.leave()
 
-    def _frozen(self, name: str, module: Any, config: EngineConfig) -> Any:
+    def _frozen(self, name: str, module: Any) -> Any:
         """The module for scoring on the device, or waiting for it in host memory."""
         module.eval().requires_grad_(False)
-        if config.compile_layers:
-            compile_for_training(module)
         if self.args.memory.offload_idle:
             self._parked[name] = parked_module(module, self.device)
         return module.to(self.device)
@@ -162,7 +159,7 @@ class RLHFEngine:
             add_lora(actor, args.actor_engine.lora)
         else:
             # A copy, not loaded again: rows added for new tokens are random, and must be equal.
-            self._ref = self._frozen("ref", copy.deepcopy(actor), args.actor_engine)
+            self._ref = self._frozen("ref", copy.deepcopy(actor))
         scorer = load_scorer(critic_name, self.reward_tokenizer, dtype=args.critic_engine.dtype)
         self.score_mean, self.score_std = saved_normalisation(scorer)
         if self.shares_tokenizer:
@@ -178,7 +175,7 @@ class RLHFEngine:
             )
         if args.critic_engine.lora.rank:
             add_lora(critic.scorer, args.critic_engine.lora)
-        self.reward = self._frozen("reward", ValueModel(scorer), args.critic_engine)
+        self.reward = self._frozen("reward", ValueModel(scorer))
         return actor, critic
 
     def _on_one_base(self, actor: Any, critic_name: str) -> tuple[torch.nn.Module, torch.nn.Module]:

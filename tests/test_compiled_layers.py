@@ -96,30 +96,6 @@ def test_prompts_read_by_compiled_layers_are_those_read_by_plain_ones(kind: str)
                     assert torch.allclose(*there, atol=1e-5)
 
 
-def test_layers_compiled_for_training_give_the_same_loss_and_gradients(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
-    model = tiny("llama", **GROUPED)
-    ids = torch.randint(8, 40, (3, 11), generator=torch.Generator().manual_seed(1))
-
-    def learn(rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        loss = model(input_ids=ids[:rows], labels=ids[:rows], use_cache=False).loss
-        return loss, list(torch.autograd.grad(loss, list(model.parameters())))
-
-    before = [learn(rows) for rows in (3, 2)]
-    compiled.compile_for_training(model)
-    decoder = Decoder(model, eos_token_ids=EOS, pad_token_id=PAD)
-    decoder.generate(prompts(rows=2), GenerationConfig(max_new_tokens=3))  # in layers as written
-    assert counters["stats"]["unique_graphs"] == 0
-    for rows, (loss, gradients) in zip((3, 2), before, strict=True):
-        new_loss, new_gradients = learn(rows)
-        torch.testing.assert_close(new_loss, loss)
-        torch.testing.assert_close(new_gradients, gradients)
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # for the first shape, and for any
-    compiled._trained.cache_clear()
-
-
 def test_lora_layers_share_one_trace_too() -> None:
     model = tiny("llama", **GROUPED)
     targets = peft.LoraConfig(r=2, target_modules="all-linear", exclude_modules=["lm_head"])

@@ -1,10 +1,10 @@
-"""A model's layers, compiled: few kernels stand between two matrix products.
+"""A model's layers, compiled for decoding: few kernels stand between two matrix products.
 
 Shapes: N rows being decoded, H input size, O_i output size of a linear layer.
 
-torch.compile fuses what is pointwise. For decoding, three rewrites of the traced layer come before
-it, of what it leaves apart: linear layers of one input become one product, a ReLU goes into the
-product before it, and a factor on the queries goes into the attention.
+torch.compile fuses what is pointwise. Three rewrites of the traced layer come before it, of what
+it leaves apart: linear layers of one input become one product, a ReLU goes into the product
+before it, and a factor on the queries goes into the attention.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,39 +36,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return []
 
 
-def compile_for_training(model: nn.Module) -> None:
-    """Let the model's layers run compiled from now on, forwards and backwards.
-
-    Compiled for the first shape, and once more for any when a second one comes.
-    """
-    # Actor and ref, critic and reward model, with gradients and without, share a layer's code.
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, VARIANTS)
-    for layer in decoder_layers(model):
-        vars(layer)["forward"] = partial(_trained(type(layer)), layer)
-
-
-@cache
-def _trained(kind: type[nn.Module]) -> Callable[..., Any]:
-    return torch.compile(kind.forward, backend=BACKEND)
-
-
-@contextmanager
-def layers_as_written(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's layers run their own Python, whatever was compiled."""
-    layers = decoder_layers(model)
-    before = [vars(layer).pop("forward", None) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is not None:
-                vars(layer)["forward"] = forward
-
-
 @contextmanager
 def compiled_layers(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's layers decode compiled, with the number of tokens left open."""
+    """Inside, the model's layers run compiled, with the number of tokens left open."""
     layers = decoder_layers(model)
     with torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=1024):
         before = [vars(layer).get("forward") for layer in layers]

@@ -36,7 +36,6 @@ from rlhf_kit.hybrid_engine.attention import (
     check_model,
     own_attention,
 )
-from rlhf_kit.hybrid_engine.compiled_layers import layers_as_written
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
 from rlhf_kit.hybrid_engine.merged_adapters import MergedAdapters
 from rlhf_kit.hybrid_engine.slots import ALIVE, LENGTH, TOKEN, Slots
@@ -146,7 +145,7 @@ class Decoder:
         begin = time.perf_counter()
         run = _Run(self, prompts, generation)
         merged = self.merged.refreshed() if self.merged is not None else nullcontext()
-        with own_attention(self.model), layers_as_written(self.model), merged:
+        with own_attention(self.model), merged:
             while run.waiting or run.occupied:
                 run.admit()
                 if run.occupied:
@@ -172,7 +171,7 @@ class Decoder:
     def _stream(self, run: _Run) -> Iterator[Token]:
         at = 0
         while run.waiting or run.occupied:
-            with torch.no_grad(), own_attention(self.model), layers_as_written(self.model):
+            with torch.no_grad(), own_attention(self.model):
                 run.admit() if run.waiting else run.step()
                 run.retire()
             _check_finite(run.slots.logprobs[0, at])

@@ -20,7 +20,6 @@ from rlhf_kit.deepspeed_config import deepspeed_config
 from rlhf_kit.faults import end_in_one_sentence
 from rlhf_kit.functional import learning_rate_scale
 from rlhf_kit.hybrid_engine import gradients
-from rlhf_kit.hybrid_engine.compiled_layers import compile_for_training
 from rlhf_kit.hybrid_engine.parked import Parked
 from rlhf_kit.hybrid_engine.partitions import (
     Part,
@@ -180,8 +179,6 @@ class TrainingEngine:
             # DeepSpeed looks at every gradient on its own, which takes longer than AdamW. The
             # norm, which it looks at next, is finite where they all are.
             self.optimizer.check_overflow = lambda **_: None
-        if config.compile_layers:
-            compile_for_training(self.module)
         self._weights = Parked(self.held.parameters)
         self._states = Parked(self._state_tensors)
 
