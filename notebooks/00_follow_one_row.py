@@ -38,7 +38,7 @@
 # the vocabulary. `tests/test_walk.py` is this walk again, as asserts.
 
 # %% tags=["parameters"]
-preset: str = "toy"  # toy, consumer or cluster
+preset: str = "toy"  # toy, consumer, cluster or a recipe
 run_dir: str = "runs/notebooks"  # its models are used where there are any
 seed: int | None = None  # decides the sampled responses
 max_new_tokens: int | None = None  # longest response, in tokens

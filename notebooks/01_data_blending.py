@@ -24,7 +24,7 @@
 # | toy | two CPU cores | 0.2 | 0.6 GB |
 
 # %% tags=["parameters"]
-preset: str = "toy"  # toy, consumer or cluster
+preset: str = "toy"  # toy, consumer, cluster or a recipe
 run_dir: str = "runs/notebooks"  # where example files and manifest go
 seed: int | None = None  # decides what is drawn, and its order
 data: str | None = None  # your own source: a file, or owner/name on the hub

@@ -27,7 +27,7 @@
 # (one GPU of 24 GB) and `cluster` (many GPUs) have not been timed yet.
 
 # %% tags=["parameters"]
-preset: str = "toy"  # toy, consumer or cluster
+preset: str = "toy"  # toy, consumer, cluster or a recipe
 run_dir: str = "runs/notebooks"  # where models and metrics go
 resume: bool = True  # go on where training was cut short
 seed: int | None = None  # decides data order and initialisation

@@ -27,7 +27,7 @@
 # 03. Where they are missing it says so and uses their base models.
 
 # %% tags=["parameters"]
-preset: str = "toy"  # toy, consumer or cluster
+preset: str = "toy"  # toy, consumer, cluster or a recipe
 run_dir: str = "runs/notebooks"  # where models and metrics go
 resume: bool = True  # go on where training was cut short
 seed: int | None = None  # decides data order, sampling and initialisation

@@ -26,7 +26,7 @@
 # All four models are in memory at once.
 
 # %% tags=["parameters"]
-preset: str = "toy"  # toy, consumer or cluster
+preset: str = "toy"  # toy, consumer, cluster or a recipe
 run_dir: str = "runs/notebooks"  # the run whose models are compared
 prompts: int = 128  # held-out prompts that every model answers
 temperature: float = 0.7  # of the chat; 0 is greedy

@@ -27,7 +27,7 @@
 # that measures each stands beside it.
 
 # %% tags=["parameters"]
-preset: str = "toy"  # toy, consumer or cluster
+preset: str = "toy"  # toy, consumer, cluster or a recipe
 run_dir: str = "runs/notebooks"  # a run whose SFT model answers, if it has one
 rows: int = 48  # prompts that are answered at once
 max_new_tokens: int = 44  # longest answer

@@ -15,7 +15,7 @@
 # # Solutions to 06 The hybrid engine
 
 # %% tags=["parameters"]
-preset: str = "toy"  # toy, consumer or cluster
+preset: str = "toy"  # toy, consumer, cluster or a recipe
 run_dir: str = "runs/notebooks"  # a run whose SFT model answers, if it has one
 rows: int = 32  # prompts that are answered at once
 max_new_tokens: int = 44  # longest answer
