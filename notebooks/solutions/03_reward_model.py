@@ -142,9 +142,10 @@ of_base = accuracies("base", from_base)
 # %% [markdown]
 # Compare the columns. The base model has read who was called right and who
 # wrong in its forum threads, so knowing the right answer is not what SFT
-# adds. What it adds is the form: dialogues in this template, and the openers
-# and closers around an answer. With few pairs that is what a reward model
-# from the base still has to learn.
+# adds. What it adds is the form: dialogues in this template. A thousand pairs
+# teach that by the way: from the base, politeness came out ahead here, not
+# behind (one seed). What speaks for the SFT model is what a reward model is
+# asked about in PPO: its own kind of answers.
 #
 # ## 2. No centring
 
@@ -189,9 +190,9 @@ for epochs, trainer in ((1, plain), (3, many)):
 # nine training pairs in ten. After three epochs it is right on more: it has
 # begun to learn the errors by heart. That is the first warning, since it
 # needs no held-out data: a training accuracy above what the labels' noise
-# allows. The held-out accuracy may still rise meanwhile, as here a thousand
-# pairs are too few for one epoch, and the ECE falls while margins grow
-# towards what they ought to be. It rises again once they are too large.
+# allows. The held-out accuracy may still rise meanwhile, as here, where a
+# thousand pairs are too few for one epoch. The ECE did not follow: a margin
+# says how sure the model is, and that grows at a pace of its own.
 #
 # ## 4. Other tails
 
@@ -229,8 +230,8 @@ assert shift > 0.1
 
 # %% [markdown]
 # The score at another token is another function, one that was never trained.
-# Its order is about right (the same features feed it), its level is not: a
-# run that mixes both would reward or punish *not ending* by that difference.
+# Neither its level nor its order is right: here it likes the rude answer best.
+# A run that mixes both would reward or punish *not ending* by the difference.
 # So a response that was cut gets at most `missing_eos_score`, whatever the
 # model says about it.
 #
@@ -260,7 +261,8 @@ best = [i for i in order if gold[i] < 0.5][0]
 print(f"best of the bad ones: {names[best]!r}")
 
 # %% [markdown]
-# Which of them wins depends on the seed and on the pairs. With few pairs a
-# response that answers nothing often stands beside, or above, the right and
-# polite one: no pair held anything like it. PPO needs no list of candidates.
-# It finds them by trying ([notebook 07](../07_over_optimisation.ipynb)).
+# Which of them wins depends on the seed and on the pairs. Here the right and
+# polite answer stands far above the others; but politeness alone earns a
+# third of it without an answer, and even saying nothing is above average: no
+# pair held anything like it. PPO needs no list of candidates. It finds them
+# by trying ([notebook 07](../07_over_optimisation.ipynb)).

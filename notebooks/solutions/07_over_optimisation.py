@@ -271,9 +271,10 @@ second = Scorer(
 class SmallerOfTwo(DeepSpeedRLHFEngine):
     """Scores a response by the less convinced of two reward models."""
 
-    def score(self, rollout):
+    def scores(self, rollout, parts, **sizes):
         """[B] raw scores: PPO normalises them with the first one's scale."""
-        first = (super().score(rollout) - self.score_mean) / self.score_std
+        raw = super().scores(rollout, parts, **sizes)
+        first = (raw - self.score_mean) / self.score_std
         smaller = torch.minimum(first, second.normalised(rollout))
         return smaller * self.score_std + self.score_mean
 
