@@ -7,7 +7,8 @@ stream, thinks for a moment and asks again; one question in eight is given up in
 a closed page; after three turns a page is left and another one opened. At the end everybody has
 left and one more question has to be answered at once: the queue is not stuck.
 
-Before the clock runs, as many pages are opened as the app remembers, so that memory is seen full.
+Before the clock runs, as many pages are opened and as many comparisons made as the app remembers,
+so that memory is seen full.
 It is flat where the 95 % interval of its slope, over the last two thirds of the run, ends below
 one percent in ten minutes. The exit code is 1 after an error, a stuck answer or growth.
 
@@ -36,13 +37,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from app_users import Page, Seen, Site, User
+from app_users import KINDS, Page, Seen, Site, User
 
 from rlhf_kit.pipeline import commit
 
 RESULT = Path(__file__).parent / "results" / "app_load.json"
 REMEMBERED = 256
 """Pages and scripts that the app remembers: MOST in apps/sessions.py."""
+COMPARISONS = 128
+"""Comparisons that it remembers, with answers and scores: kept in apps/limits.py."""
 BLOCKS, STUDENT_8 = 10, 2.306
 """Means that the slope is fitted to, and the 97.5 % quantile of Student's t for 8 degrees of
 freedom. Means of 40 s and more are independent of each other, single samples are not."""
@@ -117,6 +120,20 @@ def growth(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
+def fill(site: Site, users: int) -> Seen:
+    """Open pages and compare until the app remembers as much as it ever does."""
+    seen = Seen()
+
+    def done() -> bool:
+        return len(seen.seconds["compare"]) >= COMPARISONS or bool(seen.errors + seen.stuck)
+
+    with ThreadPoolExecutor(users) as pool:
+        list(pool.map(lambda _: Page(site), range(REMEMBERED)))
+        compare = KINDS.index("compare")
+        list(pool.map(lambda i: User(compare + i * len(KINDS), site, seen).run(done), range(users)))
+    return seen
+
+
 def quantiles(values: list[float]) -> dict[str, float | None]:
     if not values:
         return dict.fromkeys(("p50", "p95", "max"))
@@ -129,18 +146,20 @@ def quantiles(values: list[float]) -> dict[str, float | None]:
 
 
 def measure(run_dir: Path, users: int, seconds: float) -> dict[str, Any]:
-    seen, samples = Seen(), list[Sample]()
+    samples = list[Sample]()
     question = [{"role": "user", "content": "Hi!"}], ("", 0.9, 0.95, 16, 0)
     with server(run_dir) as (address, pid):
         site = Site(address)
         for checkpoint in site.checkpoints:  # imports and first loads are no part of the question
             list(site.ask(checkpoint, *question))
-        with ThreadPoolExecutor(users) as pool:
-            list(pool.map(lambda _: Page(site), range(REMEMBERED)))
+        filled = fill(site, users)
+        seen = Seen(errors=filled.errors, stuck=filled.stuck)
         begin = time.monotonic()
         until = begin + seconds
         threads = [
-            threading.Thread(target=User(number, site, seen).run, args=(until,))
+            threading.Thread(
+                target=User(number, site, seen).run, args=(lambda: time.monotonic() > until,)
+            )
             for number in range(users)
         ]
         threads.append(threading.Thread(target=watch, args=(pid, begin, until, samples)))

@@ -9,7 +9,7 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,16 +126,16 @@ class User:
         self.site, self.seen, self.rng = site, seen, random.Random(number)
         self.prompts = toy_world.prompts(200, seed=number, split="validation")
 
-    def run(self, until: float) -> None:
+    def run(self, done: Callable[[], bool]) -> None:
         """Dialogues of three questions, one after the other."""
         dialogue = {"script": self.script, "chat": self.chat, "compare": self.compare}[self.kind]
-        while time.monotonic() < until:
+        while not done():
             try:
                 for tokens, seconds in dialogue():
                     self.seen.tokens.append(tokens)
                     self.seen.seconds[self.kind].append(seconds)
                     time.sleep(self.rng.random() / 2)
-                    if time.monotonic() > until:
+                    if done():
                         break
             except TimeoutError:
                 self.seen.stuck.append(f"{self.kind}: no event for {PATIENCE:g} s")

@@ -2,8 +2,8 @@
 
     python benchmarks/notebooks.py [--solutions]
 
-Each runs alone as a script, with its own defaults, which are the toy preset's, in an empty run
-directory: so 04 first makes what it needs of 02 and 03. One after the other, on all cores.
+Each runs as a script with its own defaults, which are the toy preset's, one after the other on all
+cores and in one run directory, as a reader's do: 04 trains the models of 02 and 03.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from rlhf_kit import pipeline
 RESULT = Path(__file__).parent / "results" / "notebooks.json"
 
 
-def measure(notebook: Path, folder: Path) -> dict[str, Any]:
+def measure(notebook: Path, run_dir: Path) -> dict[str, Any]:
     """Minutes, and the largest resident memory of one of its processes."""
     begin = time.monotonic()
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(notebook), f"--run_dir={folder / 'run'}"], stdout=log, stderr=log
-        )
+    command = [sys.executable, str(notebook), f"--run_dir={run_dir}"]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
         _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{notebook.name} failed: {(folder / 'log').read_text()[-2000:]}")
+        if status:
+            log.seek(0)
+            raise SystemExit(f"{notebook.name} failed: {log.read()[-2000:]}")
     return {
         "minutes": round((time.monotonic() - begin) / 60, 2),
         "peak_gib": round(used.ru_maxrss / 2**20, 2),
@@ -49,13 +49,11 @@ def main() -> None:
     if args.solutions:
         found += sorted((pipeline.NOTEBOOKS / "solutions").glob("[0-9]*.py"))
     figures = {}
-    for notebook in found:
-        name = str(notebook.relative_to(pipeline.NOTEBOOKS).with_suffix(""))
-        with tempfile.TemporaryDirectory() as folder:
-            figures[name] = measure(notebook, Path(folder))
-        print(
-            f"{name:32} {figures[name]['minutes']:5.1f} min  {figures[name]['peak_gib']:4.1f} GiB"
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        for notebook in found:
+            name = str(notebook.relative_to(pipeline.NOTEBOOKS).with_suffix(""))
+            figure = figures[name] = measure(notebook, Path(folder) / "run")
+            print(f"{name:32} {figure['minutes']:5.2f} min  {figure['peak_gib']:4.2f} GiB")
     result = {
         "notebooks": figures,
         "cores": os.cpu_count(),

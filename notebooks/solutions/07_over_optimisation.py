@@ -16,14 +16,19 @@
 #
 # To the exercises of [notebook 07](../07_over_optimisation.ipynb). Try them
 # first. The runs here are shorter than the notebook's and take half as many
-# prompts an iteration, so that eight of them fit into minutes.
+# prompts an iteration, so that ten of them fit into minutes.
+#
+# One run of each kind is one draw, and without a penalty the draws lie far
+# apart. So everything was run three times, for 25, 40 (shown) and 60
+# iterations, and what is said below holds in all three. On another processor
+# the figures differ, too: PPO amplifies what rounds differently.
 
 # %% tags=["parameters"]
 run_dir: str = "runs/notebooks"  # its SFT and reward model are used
 pairs: int = 250  # of the weak reward model
-iterations: int = 25  # of each PPO run
+iterations: int = 40  # of each PPO run
 batch_size: int = 32  # prompts an iteration
-evaluate_every: int = 5  # iterations between two looks at the gold score
+evaluate_every: int = 10  # iterations between two looks at the gold score
 prompts: int = 128  # held-out prompts a look
 
 # %%
@@ -232,15 +237,20 @@ points = [
 plot_curves(points, {"gold score": list(more)}, xlabel="iteration")
 
 # %% [markdown]
-# The better the reward model, the later the turn and the smaller the fall. A
-# reward model of enough pairs has no cheap mistakes left within reach of a
-# run this short. In the terms of Gao et al. it is $\beta$, the slope of the
-# fall, that shrinks; $\alpha$, the first gain for a little KL, is about the
-# same for all of them.
+# More pairs do not save these runs. Those of 25 and 60 iterations ended, with
+# 250, 1,000 and 8,000 pairs, at 0.67, 0.58, 0.49 and at 0.58, 0.32, 0.56:
+# there is no order in it. So the reward model's mistakes are not all that is
+# wrong. With steps this large and no price on them the actor also loses what
+# SFT had taught it, whatever it is rewarded for: with the good model it goes
+# 16 to 32 nats away. On five seeds (section 11 of the notebook) the good model
+# left 0.82 of the greedy answers correct, where SFT has 0.97.
+#
+# Gao et al. see $\beta$ shrink as the reward model grows, in runs whose
+# optimisation works. Mend that first (exercises 2 and 5), then count pairs.
 #
 # ## 2. The smallest penalty that works
 #
-# Halved from the preset's, chosen on the validation split.
+# The preset's and a quarter of it, on the validation split.
 
 # %%
 paid = {}
@@ -251,10 +261,14 @@ good = [c for c, looks in paid.items() if looks[-1]["low"] > before["high"]]
 print("above SFT, intervals apart:", good or "none")
 
 # %% [markdown]
-# A penalty is a price on distance, so what it must be depends on how soon the
-# reward model goes wrong: weaker models need higher ones. Choosing it takes a
-# gold score on a few prompts, which in life is people reading answers. What
-# was chosen is then reported once, on the test split.
+# Both end above the run without. 0.1 walked 4 to 5 nats and ended at 0.68 in
+# all three lengths: the penalty makes runs repeatable as well as better. A
+# quarter of it ended between 0.62 and 0.68. Whether "above SFT" can be said
+# depends on the prompts as much as on the penalty: 128 of them leave an
+# interval of 0.05 to either side, and here the two just touch.
+#
+# Choosing it takes a gold score on a few prompts, which in life is people
+# reading answers. What was chosen is then reported once, on the test split.
 #
 # ## 3. The more sceptical of two
 #
@@ -284,10 +298,11 @@ sceptical = climb(weak, SmallerOfTwo, ppo__kl__coef=0.0)
 tell("smaller of two scores", sceptical)
 
 # %% [markdown]
-# It helps where the two err on different responses. Errors that both share,
-# because all pairs have the same gap (no harmless request was ever refused),
-# pass both. Eisenstein et al. (2023): ensembles mitigate, and do not
-# eliminate.
+# Not to be relied on: 0.59, 0.55 and, after 60 iterations, 0.24, where the
+# single model's runs ended at 0.67, 0.52 and 0.58. A second opinion helps
+# where the two err on different responses. Errors that both share, because
+# all pairs have the same gap (no harmless request was ever refused), pass
+# both. Eisenstein et al. (2023): ensembles mitigate, and do not eliminate.
 #
 # ## 4. Stop without a gold score
 #
@@ -321,10 +336,13 @@ for name, looks in tests.items():
     )
 
 # %% [markdown]
-# A rule is worth something where it stops before the fall *and* lets healthy
-# runs go on. Both of its numbers were made up on one run; a run that fails in
-# another way (polite and wrong, all responses distinct) passes it. So a rule
-# is a reason to look, not a replacement for looking:
+# Where a run goes badly wrong later (0.41, 0.36) the rule saves most of it,
+# elsewhere next to nothing, and it never stops much above SFT: these runs
+# fall almost from the start. A rule is worth something where it stops before
+# the fall *and* lets healthy runs go on. Both of its numbers were made up on
+# one run; a run that fails in another way (polite and wrong, all responses
+# distinct) passes it. So a rule is a reason to look, not a replacement for
+# looking:
 # `docs/faults.md` has the kit's own, which warn.
 #
 # ## 5. The preset's settings back
@@ -343,14 +361,19 @@ for name, changes in back.items():
     tell(name, back[name])
 
 # %% [markdown]
-# Both slow the walk down: compare the KL. A lower rate takes smaller steps in
-# the same time, and the mixture loss pulls back towards the demonstrations'
-# language. Neither changes where the reward model is wrong, so a long enough
-# run gets there. Section 12 of the notebook has the mixture loss on five
-# seeds, with intervals.
+# Here is the answer to exercise 1. At the preset's rate nothing is left of the
+# fall: 0.77, 0.79 and 0.76, above every other run on this page, with the same
+# weak reward model and no penalty at all. Small steps stay near (a few nats)
+# and learn the reward model's true lessons first. Its mistakes are still
+# there, and a long enough run finds them.
+#
+# The mixture loss by itself decides nothing: 0.59, 0.62 and 0.55. Section 11
+# of the notebook has it on five seeds, with intervals.
 
 # %%
 assert np.isfinite([one["gold"] for one in free]).all()
-if iterations >= 25 and prompts >= 128:
+if iterations >= 40 and prompts >= 128:
+    # A second opinion that was never asked would end as the plain run does.
+    assert sceptical[-1]["gold"] != free[-1]["gold"]
     assert paid[0.1][-1]["kl"] < free[-1]["kl"]
     assert back["mixture and rate"][-1]["kl"] < free[-1]["kl"]
