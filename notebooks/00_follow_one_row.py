@@ -21,7 +21,7 @@
 #
 # | preset | hardware | minutes | peak memory |
 # |---|---|---|---|
-# | toy | two CPU cores | 0.2 | 0.6 GB |
+# | toy | two CPU cores | 0.1 | 0.6 GiB |
 #
 # | hop | call | what goes in | what comes out |
 # |---|---|---|---|

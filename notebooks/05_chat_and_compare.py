@@ -21,7 +21,7 @@
 #
 # | preset | hardware | minutes | peak memory |
 # |---|---|---|---|
-# | toy | two CPU cores | 0.4 | 0.5 GB |
+# | toy | two CPU cores | 0.1 | 0.5 GiB |
 #
 # All four models are in memory at once.
 

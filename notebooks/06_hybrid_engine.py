@@ -21,7 +21,7 @@
 #
 # | preset | hardware | minutes | peak memory |
 # |---|---|---|---|
-# | toy | two CPU cores | 0.6 | 0.6 GB |
+# | toy | two CPU cores | 0.1 | 0.5 GiB |
 #
 # The figures of a GPU at the end come from `benchmarks/results/`; the command
 # that measures each stands beside it.

@@ -22,7 +22,7 @@
 #
 # | preset | hardware | minutes | peak memory |
 # |---|---|---|---|
-# | toy | two CPU cores | 4 | 1.0 GB |
+# | toy | two CPU cores | 1.9 | 0.9 GiB |
 #
 # The notebook uses the SFT model of `run_dir`, or trains a small one itself.
 # It needs the gold judge, so it runs in the toy world alone.
