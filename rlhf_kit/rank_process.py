@@ -194,7 +194,8 @@ def report(directory: Path, identity: str) -> int:
         print(f"error: {who} {words}, before all others; its last lines:", file=sys.stderr)
         for line in _last_lines(directory / f"rank-{rank}.log"):
             print(f"  {line}", file=sys.stderr)
-    print(f"The logs of all ranks are in {directory}.", file=sys.stderr)
+    if code != 2:  # a refusal is its sentence, and of a run that never began nothing stays
+        print(f"The logs of all ranks are in {directory}.", file=sys.stderr)
     return code if code in (2, 3) else 1
 
 
