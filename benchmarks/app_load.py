@@ -7,10 +7,10 @@ stream, thinks for a moment and asks again; one question in eight is given up in
 a closed page; after three turns a page is left and another one opened. At the end everybody has
 left and one more question has to be answered at once: the queue is not stuck.
 
-Before the clock runs, as many pages are opened and as many comparisons made as the app remembers,
-so that memory is seen full.
-It is flat where the 95 % interval of its slope, over the last two thirds of the run, ends below
-one percent in ten minutes. The exit code is 1 after an error, a stuck answer or growth.
+Before the clock runs, there are as many conversations and comparisons as the app remembers, so
+that memory is seen full. It is flat where the 95 % interval of its slope, over the last two thirds
+of the run, ends below one percent in ten minutes. The exit code is 1 after an error, a stuck
+answer or growth.
 
     python benchmarks/app_load.py RUN_DIR [--users 8] [--minutes 10]
 """
@@ -37,7 +37,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from app_users import KINDS, Page, Seen, Site, User
+from app_users import KINDS, Seen, Site, User
 
 from rlhf_kit.pipeline import commit
 
@@ -121,18 +121,20 @@ def growth(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def fill(site: Site, users: int) -> Seen:
-    """Open pages and compare until the app remembers as much as it ever does."""
+    """Chat and compare until the app remembers as much as it ever does."""
     seen = Seen()
+    # A page has three turns. Comparisons have half as many users, since each is two answers at
+    # once, and the app refuses more than 16.
+    whole = {"chat": (users, 3 * REMEMBERED), "compare": (max(users // 2, 1), COMPARISONS)}
+    for kind, (workers, answers) in whole.items():
 
-    def done() -> bool:
-        return len(seen.seconds["compare"]) >= COMPARISONS or bool(seen.errors + seen.stuck)
+        def done(kind: str = kind, answers: int = answers) -> bool:
+            return len(seen.seconds[kind]) >= answers or bool(seen.errors + seen.stuck)
 
-    with ThreadPoolExecutor(users) as pool:
-        list(pool.map(lambda _: Page(site), range(REMEMBERED)))
-        first, step = KINDS.index("compare"), len(KINDS)
-        # Half as many users, each with two answers at once: the app refuses more than 16.
-        numbers = range(first, first + step * max(users // 2, 1), step)
-        list(pool.map(lambda number: User(number, site, seen).run(done), numbers))
+        first, step = KINDS.index(kind), len(KINDS)
+        with ThreadPoolExecutor(workers) as pool:
+            numbers = range(first, first + step * workers, step)
+            list(pool.map(lambda number: User(number, site, seen).run(done), numbers))
     return seen
 
 
