@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 from rlhf_kit.config import EngineConfig, GenerationConfig, OptimizerConfig
 from rlhf_kit.hybrid_engine import compiled_layers as compiled
+from rlhf_kit.hybrid_engine import linears
 from rlhf_kit.hybrid_engine.attention import STEP_NAME, PromptPlan, attach, own_attention
 from rlhf_kit.hybrid_engine.decode import Decoder, _Run
 from rlhf_kit.hybrid_engine.step import Step, forward
@@ -124,20 +125,22 @@ def watched_operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_projections_are_joined_relu_is_fused_and_the_query_scale_is_folded(
+def test_projections_are_joined_relu_and_sum_are_fused_and_the_query_scale_is_folded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen = watched_operators(monkeypatch)
     # As DeepSpeed leaves it in a process that has used ZeRO-3.
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: LINEAR(x, w, b))
     logits(step_after_prompts(tiny("opt", **CONFIGS["opt"])), 4, fast=True)
-    assert seen.count("rlhf_kit.linears.default") == 1
-    assert seen.count("aten._addmm_activation.default") == 1
-    assert sum("linear" in name and "rlhf_kit" not in name for name in seen) == 2
-    assert not any("mul" in name or "relu" in name for name in seen)
+    assert seen.count("rlhf_kit.linears.default") == 2  # queries, keys, values; after attention
+    assert seen.count("rlhf_kit.add_linear.default") == 1
+    assert seen.count("rlhf_kit.linear_relu.default") == 1
+    others = " ".join(name for name in seen if "rlhf_kit" not in name)
+    assert not any(word in others for word in ("mul", "relu", "linear", "dropout"))
     seen.clear()
     logits(step_after_prompts(tiny("llama", **GROUPED)), 4, fast=True)
-    assert seen.count("rlhf_kit.linears.default") == 2  # queries, keys, values; gate and up
+    assert seen.count("rlhf_kit.linears.default") == 3  # gate and up in one, too
+    assert seen.count("rlhf_kit.add_linear.default") == 1
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "qwen2"])
@@ -147,7 +150,7 @@ def test_under_zero_the_joined_projections_are_one_product(
     model = tiny(kind, **CONFIGS[kind])
     engine = TrainingEngine(model, EngineConfig(zero_stage=1), OptimizerConfig(), total_steps=1)
     whole: list[bool] = []
-    adjoining = compiled._adjoining
+    adjoining = linears._adjoining
 
     def watched(parts: Any) -> Any:
         found = adjoining(parts)
@@ -157,7 +160,7 @@ def test_under_zero_the_joined_projections_are_one_product(
                 assert torch.equal(found, torch.cat(list(parts)))
         return found
 
-    monkeypatch.setattr(compiled, "_adjoining", watched)
+    monkeypatch.setattr(linears, "_adjoining", watched)
     step = step_after_prompts(engine.module)
     assert torch.allclose(logits(step, 5, fast=False), logits(step, 5, fast=True), atol=1e-5)
     assert whole and all(whole)
@@ -169,10 +172,10 @@ def test_weights_that_do_not_adjoin_give_the_same_columns() -> None:
     weights = [torch.randn(n, 8, generator=chance) for n in (6, 2, 4)]
     biases = [torch.randn(n, generator=chance) for n in (6, 2, 4)]
     expected = torch.cat([x @ w.T + b for w, b in zip(weights, biases, strict=True)], dim=-1)
-    assert torch.allclose(compiled.linears(x, weights, biases), expected, atol=1e-6)
+    assert torch.allclose(linears.linears(x, weights, biases), expected, atol=1e-6)
     block, row = torch.cat(weights), torch.cat(biases)
     views, parts = list(block.split([6, 2, 4])), list(row.split([6, 2, 4]))
-    assert torch.allclose(compiled.linears(x, views, parts), expected, atol=1e-6)
-    assert torch.allclose(compiled.linears(x, views, biases), expected, atol=1e-6)
+    assert torch.allclose(linears.linears(x, views, parts), expected, atol=1e-6)
+    assert torch.allclose(linears.linears(x, views, biases), expected, atol=1e-6)
     swapped = [views[1], views[0], views[2]]
-    assert compiled._adjoining(swapped) is None and compiled._adjoining(views) is not None
+    assert linears._adjoining(swapped) is None and linears._adjoining(views) is not None

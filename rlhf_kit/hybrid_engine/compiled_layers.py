@@ -1,10 +1,11 @@
 """A model's layers, compiled for decoding: few kernels stand between two matrix products.
 
-Shapes: N rows being decoded, H input size, O_i output size of a linear layer.
+Shapes: N rows being decoded.
 
-torch.compile fuses what is pointwise. Three rewrites of the traced layer come before it, of what
+torch.compile fuses what is pointwise. Four rewrites of the traced layer come before it, of what
 it leaves apart: linear layers of one input become one product, a ReLU goes into the product
-before it, and a factor on the queries goes into the attention.
+before it, a product adds itself to the residual stream, and a factor on the queries goes into the
+attention.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from rlhf_kit.hybrid_engine import linears as _operators  # noqa: F401  (registers them)
 
 BACKEND = "inductor"
 LINEAR: Any = torch._C._nn.linear  # type: ignore[attr-defined]
@@ -43,16 +46,22 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     with torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=1024):
         before = [vars(layer).get("forward") for layer in layers]
         linear, F.linear = F.linear, LINEAR
+        embedding, F.embedding = F.embedding, _rows_of
         for layer in layers:
             vars(layer)["forward"] = _open_length(layer)
         try:
             yield
         finally:
-            F.linear = linear
+            F.linear, F.embedding = linear, embedding
             for layer, forward in zip(layers, before, strict=True):
                 del vars(layer)["forward"]
                 if forward is not None:
                     vars(layer)["forward"] = forward
+
+
+def _rows_of(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    """`F.embedding`; its kernel for up to 16 rows takes three times as long on a GPU."""
+    return weight[input]
 
 
 def _open_length(layer: nn.Module) -> Callable[..., Any]:
@@ -79,6 +88,7 @@ def _compiled(kind: type[nn.Module], names: list[str]) -> Callable[..., Any]:
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             fold_scale(graph)
             fuse_relu(graph)
+            fuse_sum(graph)
             join_linears(graph, names)
             return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
 
@@ -90,7 +100,8 @@ _compiled_forwards: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 def join_linears(graph: torch.fx.GraphModule, names: Sequence[str]) -> None:
-    """Make linear layers that read the same input, as queries, keys and values, one operator.
+    """Make linear layers operators of ours: one of all that read the same input, as queries,
+    keys and values do.
 
     Weights are handed over in the order of the modules' `names`, which is that of memory.
     """
@@ -99,10 +110,9 @@ def join_linears(graph: torch.fx.GraphModule, names: Sequence[str]) -> None:
         is_linear = node.op == "call_function" and node.target is LINEAR and not node.kwargs
         if is_linear and all(x is None or x.op == "placeholder" for x in node.args[1:]):
             groups.setdefault(node.args[0], []).append(node)
-    for source, nodes in groups.items():
-        if len(nodes) < 2:
-            continue
+    for nodes in groups.values():
         first = nodes[0]
+        source = first.args[0]  # which may have been replaced meanwhile
         nodes = sorted(nodes, key=lambda node: _place(node, names))
         weights = [node.args[1] for node in nodes]
         biases = [node.args[2] if len(node.args) > 2 else None for node in nodes]
@@ -122,25 +132,60 @@ def join_linears(graph: torch.fx.GraphModule, names: Sequence[str]) -> None:
 
 
 def fuse_relu(graph: torch.fx.GraphModule) -> None:
-    """Let the product before a ReLU apply it, which cuBLAS does on the way out."""
+    """Let the product before a ReLU apply it on its way out."""
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target is not F.relu:
             continue
         linear = node.args[0]
         if linear.target is not LINEAR or len(linear.users) > 1 or len(linear.args) < 3:
             continue
-        source, weight, bias = linear.args
-        if bias is None or _example(source).dim() != 2:
+        if linear.args[2] is None:
             continue
         with graph.graph.inserting_before(node):
-            transposed = graph.graph.call_function(torch.t, (weight,))
-            fused = graph.graph.call_function(
-                torch.ops.aten._addmm_activation.default, (bias, source, transposed)
-            )
+            fused = graph.graph.call_function(torch.ops.rlhf_kit.linear_relu.default, linear.args)
         node.replace_all_uses_with(fused)
         graph.graph.erase_node(node)
         graph.graph.erase_node(linear)
     graph.recompile()
+
+
+def fuse_sum(graph: torch.fx.GraphModule) -> None:
+    """Let a product that is added to what the layer has made so far add itself.
+
+    Its bias goes there first: whichever kernel makes that sum adds it on its way.
+    """
+    for node in graph.graph.nodes:
+        if node.target is F.dropout and node.kwargs.get("training") is False:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    for node in graph.graph.nodes:
+        if node.target is not operator.add or node.kwargs:
+            continue
+        linear, others = node.args[1], node.args[0]
+        if getattr(linear, "target", None) is not LINEAR:
+            linear, others = others, linear
+        # A layer's input is another's output; what is made here may be written over.
+        if not _adds_itself(linear, node) or others.op == "placeholder":
+            continue
+        source, weight, bias = (*linear.args, None)[:3]
+        with graph.graph.inserting_before(node):
+            call = graph.graph.call_function
+            sums = (
+                call(torch.clone, (others,)) if bias is None else call(node.target, (others, bias))
+            )
+            call(torch.ops.rlhf_kit.add_linear.default, (sums, source, weight))
+        node.replace_all_uses_with(sums)
+        graph.graph.erase_node(node)
+        graph.graph.erase_node(linear)
+    graph.recompile()
+
+
+def _adds_itself(linear: Any, sum: torch.fx.Node) -> bool:
+    """Whether a value is a product that nothing but a sum of its own shape reads."""
+    if getattr(linear, "target", None) is not LINEAR or len(linear.users) > 1 or linear.kwargs:
+        return False
+    shapes = [_example(x).shape for x in sum.args if isinstance(x, torch.fx.Node)]
+    return len(shapes) == 2 and shapes[0] == shapes[1] == _example(sum).shape
 
 
 def fold_scale(graph: torch.fx.GraphModule) -> None:
@@ -169,49 +214,3 @@ def _place(node: torch.fx.Node, names: Sequence[str]) -> int:
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     path, _ = list(stack.values())[-1]
     return max((i for i, name in enumerate(names) if name and path.endswith(name)), default=0)
-
-
-@torch.library.custom_op("rlhf_kit::linears", mutates_args=())
-def linears(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """`F.linear` of one input [..., H] with several weights [O_i, H]: [..., sum of O_i].
-
-    One product where the weights adjoin. ZeRO keeps the matrices of a model one behind the
-    other, so those of an attention's queries, keys and values are one matrix already.
-    """
-    sizes = [len(weight) for weight in weights]
-    rows = input.flatten(0, -2)
-    out = input.new_empty(rows.shape[0], sum(sizes))
-    whole = _adjoining(weights)
-    present = [bias for bias in biases if bias is not None]
-    if whole is not None and len(present) in (0, len(biases)):
-        bias = _adjoining(present) if present else None
-        _linear(rows, whole, torch.cat(present) if present and bias is None else bias, out)
-    else:
-        for weight, bias, part in zip(weights, biases, out.split(sizes, dim=1), strict=True):
-            _linear(rows, weight, bias, part)
-    return out.unflatten(0, input.shape[:-1])
-
-
-@linears.register_fake
-def _(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    return input.new_empty(*input.shape[:-1], sum(len(weight) for weight in weights))
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(input, weight.T, out=out)
-    else:
-        torch.addmm(bias, input, weight.T, out=out)
-
-
-def _adjoining(parts: Sequence[Tensor]) -> Tensor | None:
-    """The tensor whose rows those of `parts` are, where they stand one behind the other."""
-    first = parts[0]
-    end = first.data_ptr()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (same and part.is_contiguous() and part.data_ptr() == end):
-            return None
-        end += part.nbytes
-    shape = (sum(len(part) for part in parts), *first.shape[1:])
-    return first.as_strided(shape, first.stride())

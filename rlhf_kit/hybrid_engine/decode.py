@@ -317,7 +317,11 @@ class _Run:
         """Free the slots of rows that were seen to have ended; move rows into the gaps."""
         step, alive = self.seen.look()
         for slot, row in enumerate(self.row):
-            if row is not None and step >= self.since[slot] and not alive[slot]:
+            if row is None:
+                continue
+            # One token from its prompt, one from each step since: what is full needs no looking.
+            full = self.steps - self.entered[row] + 2 >= self.generation.max_new_tokens
+            if full or (step >= self.since[slot] and not alive[slot]):
                 self.row[slot] = None
                 self.occupied -= 1
         last = 1 + max((slot for slot, row in enumerate(self.row) if row is not None), default=-1)

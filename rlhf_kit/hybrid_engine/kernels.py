@@ -20,10 +20,13 @@ file is imported).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 VOCABULARY_BLOCK = 1024
 """Logits a program of the first sampling kernel reads."""
@@ -31,15 +34,40 @@ SPLIT_TOKENS = 32
 """Fewer cached tokens than this are not worth a program of their own."""
 
 
-def tiles(programs: int, grouped: bool) -> tuple[int, int, int]:
-    """Tokens read at once, warps, and loads in flight of the attention kernel.
+@cache
+def _starts_early(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
-    The fastest of those timed on an H100 (`benchmarks/limits.py --sweep`). With few programs each
+
+def early_start(tensor: Tensor) -> bool:
+    """Whether kernels on this tensor's device may start before the one in front has ended.
+
+    That is "programmatic dependent launch", from Hopper on: a kernel's beginning lies under the
+    end of the one before, for which it waits before it reads or writes memory.
+    """
+    return tensor.is_cuda and _starts_early(tensor.device)
+
+
+@triton.jit
+def wait_for_kernel_before(EARLY: tl.constexpr):
+    """Until it has ended and what it wrote is there."""
+    if EARLY:
+        gdc_wait()
+
+
+def tiles(programs: int, grouped: bool) -> tuple[int, int, int, bool]:
+    """Tokens read at once, warps, loads in flight, and whether matrix units multiply.
+
+    The fastest of those timed on an H200 (`benchmarks/limits.py --sweep`). With few programs each
     has to keep more bytes in flight.
     """
-    if grouped:
-        return (32, 2, 2) if programs <= 256 else (64, 4, 2)
-    return (128, 2, 2) if programs <= 1024 else (32, 2, 2)
+    if not grouped:
+        return (128, 2, 1, False) if programs <= 1024 else (32, 2, 1, False)
+    if programs <= 64:
+        return 64, 2, 2, True
+    if programs <= 256:
+        return 128, 4, 3, True
+    return (32, 1, 4, True) if programs <= 1024 else (64, 4, 3, True)
 
 
 @triton.jit
@@ -61,10 +89,12 @@ def _attend(
     G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row, one key/value head, one split: keep the new token, attend over it and the cache."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
+    wait_for_kernel_before(EARLY)
     length = tl.load(lengths + row).to(tl.int32)
     g, d, e = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, EP)
     in_g, in_d, in_e = g < G, d < D, e < E
@@ -92,7 +122,8 @@ def _attend(
     share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK) * BLOCK
     begin = first + split * share
     end = tl.minimum(begin + share, length)
-    for start in range(begin, end, BLOCK):
+    # Loads for a matrix product are kept in flight; others are slower through shared memory.
+    for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
         at = start + tl.arange(0, BLOCK)
         inside = at < end
         k_at = keys + at[:, None] * D + d[None, :]
@@ -129,10 +160,12 @@ def _attend(
 
 @triton.jit
 def _combine(
-    partial, stats, out, E: tl.constexpr, EP: tl.constexpr, SPLITS: tl.constexpr, XP: tl.constexpr
-):
+    partial, stats, out, E: tl.constexpr, EP: tl.constexpr, SPLITS: tl.constexpr, XP: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """The splits of one row and head, weighted by what each has seen."""
     at = tl.program_id(0)
+    wait_for_kernel_before(EARLY)
     x, e = tl.arange(0, XP), tl.arange(0, EP)
     in_x, in_e = x < SPLITS, e < E
     top = tl.load(stats + (at * SPLITS + x) * 2, mask=in_x, other=-float("inf"))
@@ -173,17 +206,19 @@ def attend(
     assert key.stride(2) == 1 and value.stride(2) == 1
     assert lengths.shape == blocks.shape == (rows,)
     groups = heads // kv_heads
-    dot = groups > 1
+    programs = rows * kv_heads
+    block, warps, stages, dot = tiles(programs, groups > 1)
     if not splits:
-        # About four programs a multiprocessor; those with a matrix product each are shorter.
-        wanted = max(1, (1024 if dot else 512) // (rows * kv_heads))
+        # Adding splits up takes a kernel of its own, which has to be worth it.
+        most = 512 if not dot else 256 if programs <= 64 else 0
+        wanted = max(1, most // programs)
         splits = min(triton.next_power_of_2(wanted), max(1, keys.shape[2] // SPLIT_TOKENS), 32)
     out = query.new_empty(rows, heads, value_size)
     partial = stats = out
     if splits > 1:
         partial = query.new_empty(rows, heads, splits, value_size, dtype=torch.float32)
         stats = query.new_empty(rows, heads, splits, 2, dtype=torch.float32)
-    block, warps, stages = tiles(rows * kv_heads, dot)
+    early = early_start(query)
     _attend[(rows, kv_heads, splits)](
         query, key, value, keys, values, lengths, blocks, out, partial, stats,
         query.stride(1), query.stride(0), key.stride(1), key.stride(0),
@@ -194,7 +229,7 @@ def attend(
         D=size, DP=max(16, triton.next_power_of_2(size)),
         E=value_size, EP=max(16, triton.next_power_of_2(value_size)),
         BLOCK=block, SPLITS=splits, SOFTCAP=softcap > 0, DOT=dot,
-        num_warps=warps, num_stages=stages,
+        STAGES=stages if dot else None, EARLY=early, num_warps=warps, launch_pdl=early,
     )  # fmt: skip
     if splits > 1:
         _combine[(rows * heads,)](
@@ -205,7 +240,9 @@ def attend(
             EP=triton.next_power_of_2(value_size),
             SPLITS=splits,
             XP=triton.next_power_of_2(splits),
+            EARLY=early,
             num_warps=1,
+            launch_pdl=early,
         )
     return out
 
