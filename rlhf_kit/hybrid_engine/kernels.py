@@ -20,39 +20,15 @@ file is imported).
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 VOCABULARY_BLOCK = 1024
 """Logits a program of the first sampling kernel reads."""
 SPLIT_TOKENS = 32
 """Fewer cached tokens than this are not worth a program of their own."""
-
-
-@cache
-def _starts_early(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def early_start(tensor: Tensor) -> bool:
-    """Whether kernels on this tensor's device may start before the one in front has ended.
-
-    That is "programmatic dependent launch", from Hopper on: a kernel's beginning lies under the
-    end of the one before, for which it waits before it reads or writes memory.
-    """
-    return tensor.is_cuda and _starts_early(tensor.device)
-
-
-@triton.jit
-def wait_for_kernel_before(EARLY: tl.constexpr):
-    """Until it has ended and what it wrote is there."""
-    if EARLY:
-        gdc_wait()
 
 
 def tiles(programs: int, grouped: bool) -> tuple[int, int, int, bool]:
@@ -62,7 +38,9 @@ def tiles(programs: int, grouped: bool) -> tuple[int, int, int, bool]:
     has to keep more bytes in flight.
     """
     if not grouped:
-        return (128, 2, 1, False) if programs <= 1024 else (32, 2, 1, False)
+        if programs <= 2048:
+            return (128, 2, 1, False) if programs <= 1024 else (32, 2, 1, False)
+        return 64, 2, 3, True  # takes less power, which is what limits the clock by then
     if programs <= 64:
         return 64, 2, 2, True
     if programs <= 256:
@@ -89,12 +67,11 @@ def _attend(
     G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row, one key/value head, one split: keep the new token, attend over it and the cache."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
-    wait_for_kernel_before(EARLY)
     length = tl.load(lengths + row).to(tl.int32)
     g, d, e = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, EP)
     in_g, in_d, in_e = g < G, d < D, e < E
@@ -160,12 +137,10 @@ def _attend(
 
 @triton.jit
 def _combine(
-    partial, stats, out, E: tl.constexpr, EP: tl.constexpr, SPLITS: tl.constexpr, XP: tl.constexpr,
-    EARLY: tl.constexpr,
+    partial, stats, out, E: tl.constexpr, EP: tl.constexpr, SPLITS: tl.constexpr, XP: tl.constexpr
 ):  # fmt: skip
     """The splits of one row and head, weighted by what each has seen."""
     at = tl.program_id(0)
-    wait_for_kernel_before(EARLY)
     x, e = tl.arange(0, XP), tl.arange(0, EP)
     in_x, in_e = x < SPLITS, e < E
     top = tl.load(stats + (at * SPLITS + x) * 2, mask=in_x, other=-float("inf"))
@@ -218,7 +193,6 @@ def attend(
     if splits > 1:
         partial = query.new_empty(rows, heads, splits, value_size, dtype=torch.float32)
         stats = query.new_empty(rows, heads, splits, 2, dtype=torch.float32)
-    early = early_start(query)
     _attend[(rows, kv_heads, splits)](
         query, key, value, keys, values, lengths, blocks, out, partial, stats,
         query.stride(1), query.stride(0), key.stride(1), key.stride(0),
@@ -229,7 +203,7 @@ def attend(
         D=size, DP=max(16, triton.next_power_of_2(size)),
         E=value_size, EP=max(16, triton.next_power_of_2(value_size)),
         BLOCK=block, SPLITS=splits, SOFTCAP=softcap > 0, DOT=dot,
-        STAGES=stages if dot else None, EARLY=early, num_warps=warps, launch_pdl=early,
+        STAGES=stages if dot else None, num_warps=warps,
     )  # fmt: skip
     if splits > 1:
         _combine[(rows * heads,)](
@@ -240,9 +214,7 @@ def attend(
             EP=triton.next_power_of_2(value_size),
             SPLITS=splits,
             XP=triton.next_power_of_2(splits),
-            EARLY=early,
             num_warps=1,
-            launch_pdl=early,
         )
     return out
 

@@ -20,9 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
-from rlhf_kit.hybrid_engine.kernels import early_start, wait_for_kernel_before
 from rlhf_kit.hybrid_engine.linears import TILE_INPUTS
 
 OUTPUTS, ROWS = 64, 64
@@ -35,31 +33,29 @@ COUNTERS = 2**16
 
 @triton.jit
 def _linear(
-    input, weight, bias, out, scratch, counters, N, O, K, share, i_row,
+    input, weight, bias, out, scratch, counters, rows, outputs, inputs, share, i_row,
     BIAS: tl.constexpr, RELU: tl.constexpr, ADD: tl.constexpr, NP: tl.constexpr, BO: tl.constexpr,
-    BK: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, one of rows, one part of the sum."""
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     n = tl.program_id(1) * NP + tl.arange(0, NP)
     part, k = tl.program_id(2), tl.arange(0, BK)
-    in_o, in_n = o < O, n < N
+    in_o, in_n = o < outputs, n < rows
     # What is read in place of outputs and rows beyond the last is not stored.
-    rows_of_weight = weight + tl.where(in_o, o, 0).to(tl.int64)[:, None] * K + k[None, :]
-    rows_of_input = input + tl.where(in_n, n, 0)[:, None] * i_row + k[None, :]
-    wait_for_kernel_before(EARLY)
-    if EARLY:  # the next one may start: all programs of this one have a place
-        gdc_launch_dependents()
+    weight += tl.where(in_o, o, 0).to(tl.int64)[:, None] * inputs + k[None, :]
+    input += tl.where(in_n, n, 0)[:, None] * i_row + k[None, :]
     acc = tl.zeros([BO, NP], tl.float32)
-    for at in tl.range(part * share, tl.minimum(part * share + share, K), BK, num_stages=STAGES):
-        w = tl.load(rows_of_weight + at)
-        x = tl.load(rows_of_input + at)
+    end = tl.minimum((part + 1) * share, inputs)
+    for at in tl.range(part * share, end, BK, num_stages=STAGES):
+        w = tl.load(weight + at)
+        x = tl.load(input + at)
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-    at = n[None, :] * O + o[:, None]
+    at = n[None, :] * outputs + o[:, None]
     inside = in_o[:, None] & in_n[None, :]
     last = True
     if PARTS > 1:
-        tl.store(scratch + part * N * O + at, acc, mask=inside)
+        tl.store(scratch + part * rows * outputs + at, acc, mask=inside)
         tl.debug_barrier()  # all of it stored, before it counts
         counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         last = tl.atomic_add(counter, 1, sem="acq_rel") == PARTS - 1
@@ -67,7 +63,7 @@ def _linear(
             acc = tl.zeros([BO, NP], tl.float32)
             for i in tl.static_range(PARTS):
                 # Past the first cache, which may hold what stood there before.
-                acc += tl.load(scratch + i * N * O + at, mask=inside, cache_modifier=".cg")
+                acc += tl.load(scratch + i * rows * outputs + at, mask=inside, cache_modifier=".cg")
             tl.store(counter, 0)
     if last:
         if BIAS:
@@ -117,13 +113,12 @@ def linear(
     if parts > 1:
         scratch = input.new_empty(parts, rows, outputs, dtype=torch.float32)
         counters = _counters(input.device, tiles * row_tiles)
-    early = early_start(input) and not many
     _linear[(tiles, row_tiles, parts)](
         input, weight, weight if bias is None else bias, out, scratch, counters,
         rows, outputs, inputs, triton.cdiv(inputs // TILE_INPUTS, parts) * TILE_INPUTS,
         input.stride(0),
         BIAS=bias is not None, RELU=relu, ADD=add, NP=np, BO=OUTPUTS, BK=block, STAGES=stages,
-        PARTS=parts, EARLY=early, num_warps=4, launch_pdl=early,
+        PARTS=parts, num_warps=4,
     )  # fmt: skip
     return out
 
