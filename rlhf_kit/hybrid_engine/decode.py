@@ -122,6 +122,7 @@ class Decoder:
         self.merged = MergedAdapters(self.model) if merge_adapters else None
         self.last_stats: DecodeStats | None = None
         self._kept: Step | None = None
+        self._warm = set[Any]()
         require(len(self.eos_token_ids) > 0, "name at least one EOS token id to stop at")
         check_model(self.model)
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -220,6 +221,7 @@ class Decoder:
                 device=device,
             ),
             captured=captured,
+            warm=self._warm,
         )
         if captured:
             self._kept = step

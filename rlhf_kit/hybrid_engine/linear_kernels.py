@@ -16,6 +16,8 @@ Everything runs on a CPU too, through Triton's interpreter (`TRITON_INTERPRET=1`
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -24,18 +26,19 @@ from torch import Tensor
 from rlhf_kit.hybrid_engine.linears import TILE_INPUTS
 
 OUTPUTS, ROWS = 64, 64
-"""Outputs and, at most, rows of a tile."""
+"""Outputs and rows of a tile; 16 rows where there are no more."""
 PROGRAMS = 160
 """No more parts than keep the programs to this many: one to each multiprocessor, roughly."""
 COUNTERS = 2**16
 """Tiles whose parts may be counted at the same time."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "has_bias", "adds"])  # each kind takes a second to compile
 def _linear(
-    input, weight, bias, out, scratch, counters, rows, outputs, inputs, share, i_row,
-    BIAS: tl.constexpr, RELU: tl.constexpr, ADD: tl.constexpr, NP: tl.constexpr, BO: tl.constexpr,
-    BK: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    input, weight, bias, out, scratch, counters,
+    rows, outputs, inputs, share, i_row, least, has_bias, adds,
+    NP: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, one of rows, one part of the sum."""
     o = tl.program_id(0) * BO + tl.arange(0, BO)
@@ -66,12 +69,10 @@ def _linear(
                 acc += tl.load(scratch + i * rows * outputs + at, mask=inside, cache_modifier=".cg")
             tl.store(counter, 0)
     if last:
-        if BIAS:
-            acc += tl.load(bias + o, mask=in_o, other=0.0).to(tl.float32)[:, None]
-        if RELU:
-            acc = tl.maximum(acc, 0.0)
-        if ADD:
-            acc += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(bias + o, mask=in_o & (has_bias != 0), other=0.0)
+        acc = tl.maximum(acc + b.to(tl.float32)[:, None], least)
+        before = tl.load(out + at, mask=inside & (adds != 0), other=0.0)
+        acc += before.to(tl.float32)
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
@@ -103,7 +104,7 @@ def linear(
     assert weight.is_contiguous() and input.stride(1) == 1 and inputs % TILE_INPUTS == 0
     if out is None:
         out = input.new_empty(rows, outputs)
-    np = max(16, min(ROWS, triton.next_power_of_2(rows)))
+    np = 16 if rows <= 16 else ROWS
     tiles, row_tiles = triton.cdiv(outputs, OUTPUTS), triton.cdiv(rows, np)
     parts = parts or parts_of(tiles * row_tiles, inputs)
     # Many tiles keep enough bytes in flight between them; few have to do so each.
@@ -116,8 +117,8 @@ def linear(
     _linear[(tiles, row_tiles, parts)](
         input, weight, weight if bias is None else bias, out, scratch, counters,
         rows, outputs, inputs, triton.cdiv(inputs // TILE_INPUTS, parts) * TILE_INPUTS,
-        input.stride(0),
-        BIAS=bias is not None, RELU=relu, ADD=add, NP=np, BO=OUTPUTS, BK=block, STAGES=stages,
+        input.stride(0), 0.0 if relu else -math.inf, int(bias is not None), int(add),
+        NP=np, BO=OUTPUTS, BK=block, STAGES=stages,
         PARTS=parts, num_warps=4,
     )  # fmt: skip
     return out

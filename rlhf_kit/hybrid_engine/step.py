@@ -46,7 +46,16 @@ the next larger one."""
 class Step:
     """The step over one cache and one set of slots; on a GPU captured by number of rows."""
 
-    def __init__(self, model: Any, cache: KVCache, slots: Slots, *, captured: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: KVCache,
+        slots: Slots,
+        *,
+        captured: bool,
+        warm: set[Any] | None = None,
+    ) -> None:
+        """`warm`: what earlier steps of this model have run before; this one adds to it."""
         self.model = model
         self.cache = cache
         self.slots = slots
@@ -54,6 +63,7 @@ class Step:
         self.compiled = captured
         self.capture_seconds = 0.0
         self._graphs: dict[tuple[int, GenerationConfig], torch.cuda.CUDAGraph] = {}
+        self._warm = set() if warm is None else warm
         self._pool: Any = None
         self._addresses = _addresses(model)
 
@@ -120,7 +130,7 @@ class Step:
         self.compiled = False
 
     def _capture(self, n: int, config: GenerationConfig) -> torch.cuda.CUDAGraph:
-        """Run the model once, to compile and to warm up, and record the step.
+        """Run the model once, if it never ran so, to compile and to warm up; record the step.
 
         Until slots advance, running it twice is running it once: a token is stored where it
         stood. So the first run may take the live slots.
@@ -131,14 +141,16 @@ class Step:
             if self.compiled:
                 stack.enter_context(compiled_layers(self.model))
             side = _side_stream(self.slots.state.device)
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                try:
-                    self._warm_up(n, config)
-                except TorchDynamoException as error:
-                    self._not_compiled(error)
-                    return self._capture(n, config)
-            torch.cuda.current_stream().wait_stream(side)
+            if self._kind(n, config) not in self._warm:
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    try:
+                        self._warm_up(n, config)
+                    except TorchDynamoException as error:
+                        self._not_compiled(error)
+                        return self._capture(n, config)
+                torch.cuda.current_stream().wait_stream(side)
+                self._warm.add(self._kind(n, config))
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads, as NCCL's watchdog, may go on calling CUDA meanwhile.
@@ -148,6 +160,10 @@ class Step:
                 self._run(n, config)
             self._pool = graph.pool()
         return graph
+
+    def _kind(self, n: int, config: GenerationConfig) -> tuple[Any, ...]:
+        """All that what is compiled may depend on."""
+        return n, config, self.compiled, self.cache.slots, self.cache.max_len
 
     def _warm_up(self, n: int, config: GenerationConfig) -> None:
         state = self.slots.state.clone()
