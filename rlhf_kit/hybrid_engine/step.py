@@ -152,12 +152,18 @@ class Step:
                 torch.cuda.current_stream().wait_stream(side)
                 self._warm.add(self._kind(n, config))
             torch.cuda.synchronize()
+            if not self._graphs:
+                torch.cuda.empty_cache()  # the graphs' memory is their own
             graph = torch.cuda.CUDAGraph()
+            # Not `torch.cuda.graph`, which empties all caches each time, pinned memory's too.
             # Other threads, as NCCL's watchdog, may go on calling CUDA meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
-            ):
-                self._run(n, config)
+            with torch.cuda.stream(side):
+                pool = () if self._pool is None else (self._pool,)
+                graph.capture_begin(*pool, capture_error_mode="thread_local")
+                try:
+                    self._run(n, config)
+                finally:
+                    graph.capture_end()
             self._pool = graph.pool()
         return graph
 
