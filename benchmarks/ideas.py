@@ -21,7 +21,7 @@ from decode import PROMPT, dtype_of, engine_around, median_seconds, synchronize
 from shapes import causal_lm, environment, prompts
 
 from rlhf_kit.config import GenerationConfig
-from rlhf_kit.hybrid_engine import compiled_layers, step
+from rlhf_kit.hybrid_engine import compiled_layers, linears, step
 from rlhf_kit.hybrid_engine.decode import Decoder
 
 NEW = 64
@@ -94,28 +94,30 @@ def main() -> None:
     note("a cache that grows (transformers)", with_cache(model, args.batch))
     note("a cache in slots, masked attention", ours(model, args.batch, captured=False))
     if device == "cuda":
-        layers, fold, relu, join = (
-            step.compiled_layers,
-            compiled_layers.fold_scale,
-            compiled_layers.fuse_relu,
-            compiled_layers.join_linears,
-        )
+        layers = step.compiled_layers
         step.compiled_layers = lambda model: nullcontext()
         note(
             "attention over each row's own length, CUDA graphs",
             ours(model, args.batch, captured=True),
         )
         step.compiled_layers = layers
-        nothing = lambda *_: None  # noqa: E731
-        compiled_layers.fold_scale = compiled_layers.fuse_relu = nothing
-        compiled_layers.join_linears = nothing
+        names = ("fold_scale", "fuse_relu", "fuse_sum", "join_linears")
+        rewrites = {name: getattr(compiled_layers, name) for name in names}
+        few, linears.FEW = linears.FEW, 0
+        for name in names:
+            setattr(compiled_layers, name, lambda *_: None)
         note("what is pointwise compiled into few kernels", ours(model, args.batch, captured=True))
-        compiled_layers.fold_scale, compiled_layers.fuse_relu = fold, relu
-        compiled_layers.join_linears = join
+        for name, rewrite in rewrites.items():
+            setattr(compiled_layers, name, rewrite)
         compiled_layers._compiled_forwards.clear()
         engine = engine_around(model)
         note(
-            "one product for queries, keys and values; ReLU inside its product",
+            "one product for queries, keys and values; ReLU and sum inside their products",
+            ours(engine.module, args.batch, captured=True),
+        )
+        linears.FEW = few
+        note(
+            "products of few rows in a kernel of ours, their sums in parts",
             ours(engine.module, args.batch, captured=True),
         )
     result = {**environment(), "model": args.model, "batch": args.batch, "tokens_per_second": found}

@@ -2,8 +2,9 @@
 
     python benchmarks/limits.py [--sweep]
 
-Matrix products through cuBLAS, attention (ours, and torch's at the exact length), sampling
-(ours, and unfused). `--sweep` also times other tile sizes of the attention kernel.
+Matrix products (cuBLAS, and ours where there are few rows), attention (ours, and torch's at the
+exact length), sampling (ours, and unfused). `--sweep` also times other tile sizes of the attention
+kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from decode import copy_bandwidth
 from shapes import environment
 
-from rlhf_kit.hybrid_engine import kernels
+from rlhf_kit.hybrid_engine import kernels, linear_kernels
+from rlhf_kit.hybrid_engine.linears import FEW
 from rlhf_kit.hybrid_engine.slots import Slots
 
 HIDDEN, LAYERS, FFN, VOCABULARY = 2048, 24, 8192, 50272
@@ -73,15 +75,19 @@ def products(batches: list[int]) -> dict[str, Any]:
     for batch in batches:
         x = random(batch, HIDDEN)
 
-        def run(x: torch.Tensor = x) -> torch.Tensor:
+        def run(linear: Callable[..., Any], x: torch.Tensor = x) -> torch.Tensor:
             for qkv, out, up, down in layers:
-                x = F.linear(F.linear(x, qkv)[:, :HIDDEN], out)
-                x = F.linear(F.linear(x, up), down)
+                x = linear(linear(x, qkv)[:, :HIDDEN], out)
+                x = linear(linear(x, up), down)
             return F.linear(x, head)
 
-        ms = graph_ms(run)
-        found[str(batch)] = {"ms": ms, "bytes_per_second": 1e3 * nbytes / ms}
-        print(f"products, batch {batch}: {ms:.3f} ms, {nbytes / ms / 1e6:,.0f} GB/s", flush=True)
+        kinds = {"cublas": F.linear, "ours": linear_kernels.linear}
+        found[str(batch)] = {}
+        for name, linear in kinds.items() if batch <= FEW else [("cublas", F.linear)]:
+            ms = graph_ms(lambda linear=linear: run(linear))
+            found[str(batch)][name] = {"ms": ms, "bytes_per_second": 1e3 * nbytes / ms}
+            line = f"products, batch {batch}, {name}: {ms:.3f} ms"
+            print(f"{line}, {nbytes / ms / 1e6:,.0f} GB/s", flush=True)
     return found
 
 
@@ -122,23 +128,27 @@ def attention(name: str, batch: int, sweep: bool) -> dict[str, Any]:
     )
     if sweep:
         before, rows = kernels.tiles, []
-        few = max(1, 512 // (batch * kv_heads))
-        for block, warps, stages, splits in itertools.product(
-            (32, 64, 128), (2, 4, 8), (2, 4), sorted({few, 2 * few, 4 * few})
+        for block, warps, stages, dot, splits in itertools.product(
+            (32, 64, 128), (1, 2, 4), (1, 2, 3, 4), (False, True), (1, 2, 4, 8)
         ):
-            if batch * kv_heads * splits > 10000 or splits > CAPACITY // 16:
+            many = batch * kv_heads * splits > 2048 and splits > 1
+            # Without matrix products loads are not kept in flight: one kind of each.
+            if many or (heads > kv_heads and not dot) or (stages > 1 and not dot):
                 continue
-            kernels.tiles = lambda *_, tile=(block, warps, stages): tile
+            kernels.tiles = lambda *_, tile=(block, warps, stages, dot): tile
             try:
                 ms = graph_ms(lambda splits=splits: ours(splits), 10)
             except Exception as error:  # a tile too large for this GPU
                 print(type(error).__name__, block, warps, stages)
                 continue
-            rows.append((ms, block, warps, stages, splits))
+            rows.append((ms, block, warps, stages, dot, splits))
         kernels.tiles = before
         found["sweep"] = sorted(rows)[:8]
         print(
-            "  best (ms, block, warps, stages, splits):", *sorted(rows)[:5], sep="\n   ", flush=True
+            "  best (ms, block, warps, stages, dot, splits):",
+            *sorted(rows)[:5],
+            sep="\n   ",
+            flush=True,
         )
     return found
 

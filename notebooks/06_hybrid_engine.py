@@ -290,7 +290,9 @@ assert after.response_ids.tolist() != before.response_ids.tolist()
 # Triton kernel that reads every row's own length and no more. What stands
 # between two matrix products is compiled into one kernel (one layer is
 # compiled, the others share its code), and products that read the same input
-# become one. `python benchmarks/ideas.py` measured what each is worth:
+# become one. `python benchmarks/ideas.py` measured what each is worth (before
+# the last idea, in `linear_kernels.py`: few rows leave cuBLAS most of the chip
+# idle, so a product's sum is cut into parts):
 
 
 # %%
@@ -341,7 +343,7 @@ plot_step_times(decode) if in_notebook() else None
 # What you should see: our bars come close to the floor, the closer the more
 # bytes a step has to read; grouped heads (Llama, Qwen) make the peer slower,
 # which copies them, and us faster. At batch 16 what is left is the start of
-# two hundred kernels and matrix products too small to fill the chip.
+# two hundred kernels; at 256 the card draws all the power it may.
 #
 # ## Checks
 
@@ -378,5 +380,5 @@ for _, _, peer, mine in table:
 # ## What to read next
 #
 # `rlhf_kit/hybrid_engine/`: `decode.py` is the loop, `step.py` the captured
-# step, `kernels.py` the Triton kernels. Notebook 07 asks what PPO does when
+# step, `kernels.py` and `linear_kernels.py` the Triton kernels. Notebook 07 asks what PPO does when
 # the reward model is wrong.

@@ -97,6 +97,25 @@ def test_attention_over_slots_equals_float64_and_stores_the_new_token(shape, dty
         assert torch.equal(block, old)
 
 
+@pytest.mark.parametrize("tile", [(16, 2, 3, True), (32, 1, 1, True), (32, 2, 1, False)], ids=str)
+def test_one_query_a_head_is_the_same_with_and_without_matrix_units(tile, monkeypatch):
+    monkeypatch.setattr(kernels, "tiles", lambda programs, grouped: tile)
+    test_attention_over_slots_equals_float64_and_stores_the_new_token(SHAPES[5], HALF)
+
+
+def test_tiles_are_cut_to_a_gpus_shared_memory(monkeypatch):
+    cuda = torch.device("cuda", 7)
+    sizes = {"hopper": 227 * 1024, "ada": 99 * 1024}
+    fit = {}
+    for name, size in sizes.items():
+        monkeypatch.setattr(kernels, "_shared_bytes", lambda device, size=size: size)
+        heads_of_128 = kernels.fitted(128, 3, 2 * 128 * 2, cuda)
+        fit[name] = heads_of_128, kernels.fitted(128, 6, (64 + 16) * 2, cuda)
+    assert fit["hopper"] == ((128, 3), (128, 6))  # 192 and 120 KiB of 203
+    assert fit["ada"] == ((64, 2), (128, 3))  # 64 and 60 KiB of 75
+    assert kernels.fitted(16, 2, 10**6, cuda) == (16, 2)  # no smaller
+
+
 def test_what_lies_behind_a_rows_end_is_never_read():
     chance = torch.Generator().manual_seed(5)
     query, key, value = (torch.randn(4, 2, 16, generator=chance).to(DEVICE) for _ in range(3))

@@ -42,6 +42,22 @@ def test_products_of_any_rows_and_outputs_equal_float64(
     assert error(out, expected.relu() if relu else expected) < 4e-3
 
 
+def test_what_is_not_a_number_stays_so() -> None:
+    input, weight, bias = case(2, 64, 128)
+    weight[3, 5] = torch.nan
+    for relu in (False, True):
+        out = linear_kernels.linear(input, weight, bias, relu=relu)
+        assert out.isnan().nonzero()[:, 1].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_product_adds_itself_to_what_is_there(parts: int) -> None:
+    input, weight, _ = case(5, 70, 512)
+    sums = torch.ones(5, 70, device=DEVICE, dtype=HALF)
+    linear_kernels.linear(input, weight, out=sums, add=True, parts=parts)
+    assert error(sums, 1 + input.double() @ weight.double().T) < 4e-3
+
+
 @pytest.mark.parametrize("parts", [2, 3, 4])
 @pytest.mark.parametrize("rows", [5, 70])
 def test_a_sum_in_parts_is_the_whole_one_again_and_again(parts: int, rows: int) -> None:

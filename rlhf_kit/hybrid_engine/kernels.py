@@ -20,6 +20,8 @@ file is imported).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -46,6 +48,25 @@ def tiles(programs: int, grouped: bool) -> tuple[int, int, int, bool]:
     if programs <= 256:
         return 128, 4, 3, True
     return (32, 1, 4, True) if programs <= 1024 else (64, 4, 3, True)
+
+
+def fitted(block: int, stages: int, row_bytes: int, device: torch.device) -> tuple[int, int]:
+    """Rows of a tile and loads of it in flight, fewer where the GPU's shared memory asks for it.
+
+    `row_bytes` of one row; 24 KiB stay free for what the compiler exchanges there. A Hopper has
+    227 KiB, a consumer's Ada 99.
+    """
+    room = _shared_bytes(device) - 24 * 1024
+    while block * stages * row_bytes > room and (stages > 2 or block > 16):
+        block, stages = (block, stages - 1) if stages > 2 else (block // 2, stages)
+    return block, stages
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2**30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @triton.jit
@@ -183,6 +204,10 @@ def attend(
     groups = heads // kv_heads
     programs = rows * kv_heads
     block, warps, stages, dot = tiles(programs, groups > 1)
+    if dot:
+        padded = triton.next_power_of_2(size) + triton.next_power_of_2(value_size)
+        row_bytes = padded * keys.element_size()
+        block, stages = fitted(block, stages, row_bytes, query.device)
     if not splits:
         # Adding splits up takes a kernel of its own, which has to be worth it.
         most = 512 if not dot else 256 if programs <= 64 else 0

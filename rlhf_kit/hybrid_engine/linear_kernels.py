@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_kit.hybrid_engine.kernels import fitted
 from rlhf_kit.hybrid_engine.linears import TILE_INPUTS
 
 OUTPUTS, ROWS = 64, 64
@@ -70,7 +71,8 @@ def _linear(
             tl.store(counter, 0)
     if last:
         b = tl.load(bias + o, mask=in_o & (has_bias != 0), other=0.0)
-        acc = tl.maximum(acc + b.to(tl.float32)[:, None], least)
+        acc += b.to(tl.float32)[:, None]
+        acc = tl.maximum(acc, least, propagate_nan=tl.PropagateNan.ALL)
         before = tl.load(out + at, mask=inside & (adds != 0), other=0.0)
         acc += before.to(tl.float32)
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
@@ -110,6 +112,7 @@ def linear(
     # Many tiles keep enough bytes in flight between them; few have to do so each.
     many = tiles * row_tiles > 2 * PROGRAMS
     block, stages = (64, 4) if many else (TILE_INPUTS, 6 if np < ROWS else 4)
+    block, stages = fitted(block, stages, (OUTPUTS + np) * input.element_size(), input.device)
     scratch, counters = input, input
     if parts > 1:
         scratch = input.new_empty(parts, rows, outputs, dtype=torch.float32)
