@@ -380,5 +380,5 @@ for _, _, peer, mine in table:
 # ## What to read next
 #
 # `rlhf_kit/hybrid_engine/`: `decode.py` is the loop, `step.py` the captured
-# step, `kernels.py` and `linear_kernels.py` the Triton kernels. Notebook 07 asks what PPO does when
-# the reward model is wrong.
+# step, `kernels.py` and `linear_kernels.py` the Triton kernels. Notebook 07
+# asks what PPO does when the reward model is wrong.
