@@ -21,7 +21,8 @@ from rlhf_kit.hybrid_engine import linears
 from rlhf_kit.hybrid_engine.attention import STEP_NAME, PromptPlan, attach, own_attention
 from rlhf_kit.hybrid_engine.decode import Decoder, _Run
 from rlhf_kit.hybrid_engine.step import Step, forward
-from rlhf_kit.hybrid_engine.training import TrainingEngine
+from rlhf_kit.hybrid_engine.tensor_parallel import RowParallelLinear
+from rlhf_kit.hybrid_engine.training import TrainingEngine, start_deepspeed
 
 LINEAR: Any = torch.nn.functional.linear
 ALL = {**CONFIGS, "gemma2": WINDOWS["gemma2"], "gemma3_text": WINDOWS["gemma3_text"]}
@@ -164,6 +165,20 @@ def test_under_zero_the_joined_projections_are_one_product(
     step = step_after_prompts(engine.module)
     assert torch.allclose(logits(step, 5, fast=False), logits(step, 5, fast=True), atol=1e-5)
     assert whole and all(whole)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_layers_that_add_up_over_ranks_are_compiled_too(kind: str) -> None:
+    start_deepspeed()
+    model = tiny(kind, **CONFIGS[kind])
+    for module in model.modules():
+        for name in ("out_proj", "fc2", "o_proj", "down_proj"):
+            linear: Any = getattr(module, name, None)
+            if linear is not None:
+                linear.__class__ = RowParallelLinear
+                linear.group = torch.distributed.group.WORLD
+    step = step_after_prompts(model)
+    assert torch.allclose(logits(step, 5, fast=False), logits(step, 5, fast=True), atol=1e-5)
 
 
 def test_weights_that_do_not_adjoin_give_the_same_columns() -> None:

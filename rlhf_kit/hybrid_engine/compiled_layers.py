@@ -120,10 +120,11 @@ def join_linears(graph: torch.fx.GraphModule, names: Sequence[str]) -> None:
             joined = graph.graph.call_function(
                 torch.ops.rlhf_kit.linears.default, (source, weights, biases)
             )
-            sizes = [_example(weight).shape[0] for weight in weights]
             begin = 0
-            for node, size in zip(nodes, sizes, strict=True):
-                part = graph.graph.call_function(torch.narrow, (joined, -1, begin, size))
+            for node, weight in zip(nodes, weights, strict=True):
+                part, size = joined, _example(weight).shape[0]
+                if len(nodes) > 1:
+                    part = graph.graph.call_function(torch.narrow, (joined, -1, begin, size))
                 node.replace_all_uses_with(part)
                 begin += size
         for node in nodes:
