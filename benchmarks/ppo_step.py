@@ -224,6 +224,8 @@ def _ours(case: Case, config: RunConfig) -> dict[str, Any]:
                 "train": metrics["phase/train/seconds"],
                 "rollout_tokens": stats.new_tokens,
                 "occupancy": stats.occupancy,
+                "prompts": stats.prompt_seconds,
+                "captures": stats.capture_seconds,
                 "peak_bytes": max(
                     (int(v * 2**30) for k, v in metrics.items() if k.endswith("/peak_gib")),
                     default=0,

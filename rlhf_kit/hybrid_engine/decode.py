@@ -77,6 +77,8 @@ class DecodeStats:
     """Memory of the KV cache."""
     prompt_seconds: float
     """Time in passes over prompts (on a GPU, the time to queue them)."""
+    capture_seconds: float
+    """Time in compiling and capturing steps."""
     seconds: float
     """Time of the whole call."""
 
@@ -279,6 +281,7 @@ class _Run:
         self.seen = _Seen(self.slots.state, lag=self.decode.captured)
         self.prompt_passes = self.steps = self.row_steps = 0
         self.prompt_seconds = 0.0
+        self.captured_before = self.decode.capture_seconds
 
     def admit(self) -> None:
         """Take waiting prompts into the free slots, longest first, once enough are free."""
@@ -380,6 +383,7 @@ class _Run:
             slots=len(self.row),
             cache_bytes=self.cache.nbytes(),
             prompt_seconds=self.prompt_seconds,
+            capture_seconds=self.decode.capture_seconds - self.captured_before,
             seconds=seconds,
         )
 
