@@ -123,18 +123,18 @@ def growth(samples: Sequence[Sample]) -> dict[str, Any]:
 def fill(site: Site, users: int) -> Seen:
     """Chat and compare until the app remembers as much as it ever does."""
     seen = Seen()
-    # A page has three turns. Comparisons have half as many users, since each is two answers at
-    # once, and the app refuses more than 16.
-    whole = {"chat": (users, 3 * REMEMBERED), "compare": (max(users // 2, 1), COMPARISONS)}
-    for kind, (workers, answers) in whole.items():
 
-        def done(kind: str = kind, answers: int = answers) -> bool:
+    def until(answers: int, kind: str, users: int) -> None:
+        def done() -> bool:
             return len(seen.seconds[kind]) >= answers or bool(seen.errors + seen.stuck)
 
-        first, step = KINDS.index(kind), len(KINDS)
-        with ThreadPoolExecutor(workers) as pool:
-            numbers = range(first, first + step * workers, step)
+        numbers = [KINDS.index(kind) + i * len(KINDS) for i in range(users)]
+        with ThreadPoolExecutor(users) as pool:
             list(pool.map(lambda number: User(number, site, seen).run(done), numbers))
+
+    until(3 * REMEMBERED, "chat", users)  # a page has three turns
+    # A comparison is two answers at once, and the app refuses more than 16.
+    until(COMPARISONS, "compare", max(users // 2, 1))
     return seen
 
 

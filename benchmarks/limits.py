@@ -81,9 +81,11 @@ def products(batches: list[int]) -> dict[str, Any]:
                 x = linear(linear(x, up), down)
             return F.linear(x, head)
 
-        kinds = {"cublas": F.linear, "ours": linear_kernels.linear}
+        kinds: dict[str, Callable[..., Any]] = {"cublas": F.linear}
+        if batch <= FEW:
+            kinds["ours"] = linear_kernels.linear
         found[str(batch)] = {}
-        for name, linear in kinds.items() if batch <= FEW else [("cublas", F.linear)]:
+        for name, linear in kinds.items():
             ms = graph_ms(lambda linear=linear: run(linear))
             found[str(batch)][name] = {"ms": ms, "bytes_per_second": 1e3 * nbytes / ms}
             line = f"products, batch {batch}, {name}: {ms:.3f} ms"
@@ -128,27 +130,23 @@ def attention(name: str, batch: int, sweep: bool) -> dict[str, Any]:
     )
     if sweep:
         before, rows = kernels.tiles, []
-        for block, warps, stages, dot, splits in itertools.product(
-            (32, 64, 128), (1, 2, 4), (1, 2, 3, 4), (False, True), (1, 2, 4, 8)
+        for block, warps, stages, splits in itertools.product(
+            (32, 64, 128), (1, 2, 4), (0, 1, 2, 3, 4), (1, 2, 4, 8)
         ):
             many = batch * kv_heads * splits > 2048 and splits > 1
-            # Without matrix products loads are not kept in flight: one kind of each.
-            if many or (heads > kv_heads and not dot) or (stages > 1 and not dot):
+            if many or (heads > kv_heads and stages == 0):
                 continue
-            kernels.tiles = lambda *_, tile=(block, warps, stages, dot): tile
+            kernels.tiles = lambda *_, tile=(block, warps, stages): tile
             try:
                 ms = graph_ms(lambda splits=splits: ours(splits), 10)
             except Exception as error:  # a tile too large for this GPU
                 print(type(error).__name__, block, warps, stages)
                 continue
-            rows.append((ms, block, warps, stages, dot, splits))
+            rows.append((ms, block, warps, stages, splits))
         kernels.tiles = before
         found["sweep"] = sorted(rows)[:8]
         print(
-            "  best (ms, block, warps, stages, dot, splits):",
-            *sorted(rows)[:5],
-            sep="\n   ",
-            flush=True,
+            "  best (ms, block, warps, stages, splits):", *sorted(rows)[:5], sep="\n   ", flush=True
         )
     return found
 

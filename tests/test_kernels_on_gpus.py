@@ -46,17 +46,17 @@ def shared(kernel, warps, **constants):
     return made.metadata.shared
 
 found = {}
-for rows, block, stages in ((16, 128, 6), (64, 128, 4), (64, 64, 4)):
-    block, stages = kernels.fitted(block, stages, 2 * (64 + rows), device)
-    tile = {"NP": rows, "BO": 64, "BK": block, "STAGES": stages}
+for rows, outputs in ((16, 2048), (64, 2048), (64, 50272)):
+    height, block, stages = linear_kernels.tile_of(rows, outputs, 2, device)
+    tile = {"NP": height, "BO": linear_kernels.OUTPUTS, "BK": block, "STAGES": stages}
     found[f"linear {tile}"] = shared(linear_kernels._linear, 4, PARTS=4, **tile)
 for programs, groups, size in ((10000, 1, 64), (10000, 1, 128), (256, 6, 128), (256, 8, 256)):
-    block, warps, stages, dot = kernels.tiles(programs, groups > 1)
+    block, warps, stages = kernels.tiles(programs, groups > 1)
     block, stages = kernels.fitted(block, stages, 4 * size, device)
     tile = {"BLOCK": block, "STAGES": stages, "D": size, "E": size}
     found[f"attention of {groups} {tile}"] = shared(
         kernels._attend, warps, G=groups, GP=16, DP=size, EP=size, SPLITS=1, SOFTCAP=False,
-        DOT=dot, **tile,
+        DOT=stages > 0, **tile,
     )
 print(json.dumps(found))
 """

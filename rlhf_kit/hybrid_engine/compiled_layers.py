@@ -138,9 +138,9 @@ def fuse_relu(graph: torch.fx.GraphModule) -> None:
         if node.op != "call_function" or node.target is not F.relu:
             continue
         linear = node.args[0]
-        if linear.target is not LINEAR or len(linear.users) > 1 or len(linear.args) < 3:
+        if linear.target is not LINEAR or len(linear.users) > 1:
             continue
-        if linear.args[2] is None:
+        if (*linear.args, None)[2] is None:
             continue
         with graph.graph.inserting_before(node):
             fused = graph.graph.call_function(torch.ops.rlhf_kit.linear_relu.default, linear.args)
@@ -155,10 +155,7 @@ def fuse_sum(graph: torch.fx.GraphModule) -> None:
 
     Its bias goes there first: whichever kernel makes that sum adds it on its way.
     """
-    for node in graph.graph.nodes:
-        if node.target is F.dropout and node.kwargs.get("training") is False:
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
+    _drop_dropout(graph)
     for node in graph.graph.nodes:
         if node.target is not operator.add or node.kwargs:
             continue
@@ -171,14 +168,21 @@ def fuse_sum(graph: torch.fx.GraphModule) -> None:
         source, weight, bias = (*linear.args, None)[:3]
         with graph.graph.inserting_before(node):
             call = graph.graph.call_function
-            sums = (
-                call(torch.clone, (others,)) if bias is None else call(node.target, (others, bias))
-            )
+            with_bias = (torch.clone, (others,)) if bias is None else (operator.add, (others, bias))
+            sums = call(*with_bias)
             call(torch.ops.rlhf_kit.add_linear.default, (sums, source, weight))
         node.replace_all_uses_with(sums)
         graph.graph.erase_node(node)
         graph.graph.erase_node(linear)
     graph.recompile()
+
+
+def _drop_dropout(graph: torch.fx.GraphModule) -> None:
+    """Take out what is off and would hide a product from its sum."""
+    for node in graph.graph.nodes:
+        if node.target is F.dropout and node.kwargs.get("training") is False:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
 
 
 def _adds_itself(linear: Any, node: torch.fx.Node) -> bool:

@@ -181,11 +181,6 @@ class Decoder:
             yield Token(int(run.slots.response_ids[0, at]), float(run.slots.logprobs[0, at]))
             at += 1
 
-    @property
-    def capture_seconds(self) -> float:
-        """Time that went into compiling and capturing the steps that are kept."""
-        return self._kept.capture_seconds if self._kept is not None else 0.0
-
     def release(self) -> None:
         """Free the KV cache, captured steps and merged weights; the next call makes them again."""
         self._kept = None

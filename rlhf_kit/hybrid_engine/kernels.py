@@ -33,21 +33,21 @@ SPLIT_TOKENS = 32
 """Fewer cached tokens than this are not worth a program of their own."""
 
 
-def tiles(programs: int, grouped: bool) -> tuple[int, int, int, bool]:
-    """Tokens read at once, warps, loads in flight, and whether matrix units multiply.
+def tiles(programs: int, grouped: bool) -> tuple[int, int, int]:
+    """Tokens read at once, warps, and loads in flight for the matrix units, 0 to do without them.
 
     The fastest of those timed on an H200 (`benchmarks/limits.py --sweep`). With few programs each
     has to keep more bytes in flight.
     """
     if not grouped:
         if programs <= 2048:
-            return (128, 2, 1, False) if programs <= 1024 else (32, 2, 1, False)
-        return 64, 2, 3, True  # takes less power, which is what limits the clock by then
+            return (128, 2, 0) if programs <= 1024 else (32, 2, 0)
+        return 64, 2, 3  # takes less power, which is what limits the clock by then
     if programs <= 64:
-        return 64, 2, 2, True
+        return 64, 2, 2
     if programs <= 256:
-        return 128, 4, 3, True
-    return (32, 1, 4, True) if programs <= 1024 else (64, 4, 3, True)
+        return 128, 4, 3
+    return (32, 1, 4) if programs <= 1024 else (64, 4, 3)
 
 
 def fitted(block: int, stages: int, row_bytes: int, device: torch.device) -> tuple[int, int]:
@@ -159,7 +159,7 @@ def _attend(
 @triton.jit
 def _combine(
     partial, stats, out, E: tl.constexpr, EP: tl.constexpr, SPLITS: tl.constexpr, XP: tl.constexpr
-):  # fmt: skip
+):
     """The splits of one row and head, weighted by what each has seen."""
     at = tl.program_id(0)
     x, e = tl.arange(0, XP), tl.arange(0, EP)
@@ -203,15 +203,16 @@ def attend(
     assert lengths.shape == blocks.shape == (rows,)
     groups = heads // kv_heads
     programs = rows * kv_heads
-    block, warps, stages, dot = tiles(programs, groups > 1)
+    block, warps, stages = tiles(programs, groups > 1)
+    dot = stages > 0
     if dot:
         padded = triton.next_power_of_2(size) + triton.next_power_of_2(value_size)
         row_bytes = padded * keys.element_size()
         block, stages = fitted(block, stages, row_bytes, query.device)
     if not splits:
         # Adding splits up takes a kernel of its own, which has to be worth it.
-        most = 512 if not dot else 256 if programs <= 64 else 0
-        wanted = max(1, most // programs)
+        enough, most = (64, 256) if dot else (512, 512)
+        wanted = most // programs if programs <= enough else 1
         splits = min(triton.next_power_of_2(wanted), max(1, keys.shape[2] // SPLIT_TOKENS), 32)
     out = query.new_empty(rows, heads, value_size)
     partial = stats = out
@@ -228,7 +229,7 @@ def attend(
         D=size, DP=max(16, triton.next_power_of_2(size)),
         E=value_size, EP=max(16, triton.next_power_of_2(value_size)),
         BLOCK=block, SPLITS=splits, SOFTCAP=softcap > 0, DOT=dot,
-        STAGES=stages if dot else None, num_warps=warps,
+        STAGES=stages or None, num_warps=warps,
     )  # fmt: skip
     if splits > 1:
         _combine[(rows * heads,)](

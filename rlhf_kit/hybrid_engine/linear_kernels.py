@@ -78,6 +78,17 @@ def _linear(
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
+def tile_of(
+    rows: int, outputs: int, element_size: int, device: torch.device
+) -> tuple[int, int, int]:
+    """Rows of a tile, inputs read at once, and loads in flight."""
+    height = 16 if rows <= 16 else ROWS
+    # Many tiles keep enough bytes in flight between them; few have to do so each.
+    many = triton.cdiv(outputs, OUTPUTS) * triton.cdiv(rows, height) > 2 * PROGRAMS
+    block, stages = (64, 4) if many else (TILE_INPUTS, 6 if height < ROWS else 4)
+    return height, *fitted(block, stages, (OUTPUTS + height) * element_size, device)
+
+
 def parts_of(tiles: int, inputs: int) -> int:
     """Parts X that a sum over `inputs` is cut into where there are `tiles`: 1, 2 or 4."""
     parts = 1
@@ -106,13 +117,9 @@ def linear(
     assert weight.is_contiguous() and input.stride(1) == 1 and inputs % TILE_INPUTS == 0
     if out is None:
         out = input.new_empty(rows, outputs)
-    np = 16 if rows <= 16 else ROWS
-    tiles, row_tiles = triton.cdiv(outputs, OUTPUTS), triton.cdiv(rows, np)
+    height, block, stages = tile_of(rows, outputs, input.element_size(), input.device)
+    tiles, row_tiles = triton.cdiv(outputs, OUTPUTS), triton.cdiv(rows, height)
     parts = parts or parts_of(tiles * row_tiles, inputs)
-    # Many tiles keep enough bytes in flight between them; few have to do so each.
-    many = tiles * row_tiles > 2 * PROGRAMS
-    block, stages = (64, 4) if many else (TILE_INPUTS, 6 if np < ROWS else 4)
-    block, stages = fitted(block, stages, (OUTPUTS + np) * input.element_size(), input.device)
     scratch, counters = input, input
     if parts > 1:
         scratch = input.new_empty(parts, rows, outputs, dtype=torch.float32)
@@ -121,8 +128,7 @@ def linear(
         input, weight, weight if bias is None else bias, out, scratch, counters,
         rows, outputs, inputs, triton.cdiv(inputs // TILE_INPUTS, parts) * TILE_INPUTS,
         input.stride(0), 0.0 if relu else -math.inf, int(bias is not None), int(add),
-        NP=np, BO=OUTPUTS, BK=block, STAGES=stages,
-        PARTS=parts, num_warps=4,
+        NP=height, BO=OUTPUTS, BK=block, STAGES=stages, PARTS=parts, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -53,7 +53,7 @@ class Step:
         slots: Slots,
         *,
         captured: bool,
-        warm: set[Any] | None = None,
+        warm: set[Any],
     ) -> None:
         """`warm`: what earlier steps of this model have run before; this one adds to it."""
         self.model = model
@@ -63,7 +63,7 @@ class Step:
         self.compiled = captured
         self.capture_seconds = 0.0
         self._graphs: dict[tuple[int, GenerationConfig], torch.cuda.CUDAGraph] = {}
-        self._warm = set() if warm is None else warm
+        self._warm = warm
         self._pool: Any = None
         self._addresses = _addresses(model)
 
