@@ -28,6 +28,12 @@ from rlhf_kit.hybrid_engine.slots import Slots
 
 HIDDEN, LAYERS, FFN, VOCABULARY = 2048, 24, 8192, 50272
 CONTEXT, CAPACITY = 384, 512
+WEIGHTS = {
+    "opt-1.3b": ((6144, 2048), (2048, 2048), (8192, 2048), (2048, 8192)),
+    "llama-3.2-1b": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)),
+    "qwen2.5-1.5b": ((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)),
+}
+"""Outputs and inputs of a layer's products: queries, keys and values in one, as up and gate."""
 SHAPES = {
     "opt-1.3b": (32, 32, 64, 24),
     "llama-3.2-1b": (32, 8, 64, 16),
@@ -90,6 +96,32 @@ def products(batches: list[int]) -> dict[str, Any]:
             found[str(batch)][name] = {"ms": ms, "bytes_per_second": 1e3 * nbytes / ms}
             line = f"products, batch {batch}, {name}: {ms:.3f} ms"
             print(f"{line}, {nbytes / ms / 1e6:,.0f} GB/s", flush=True)
+    return found
+
+
+def each_product(batches: list[int]) -> dict[str, Any]:
+    """Microseconds of each product of a layer, among others whose weights it cannot find cached."""
+    found: dict[str, Any] = {}
+    for outputs, inputs in sorted({shape for shapes in WEIGHTS.values() for shape in shapes}):
+        weights = [random(outputs, inputs) for _ in range(LAYERS)]
+        for batch in batches:
+            x, sums = random(batch, inputs), random(batch, outputs)
+
+            def cublas(weights: Any = weights, x: Any = x, sums: Any = sums) -> None:
+                for weight in weights:
+                    torch.addmm(sums, x, weight.T, out=sums)
+
+            def ours(weights: Any = weights, x: Any = x, sums: Any = sums) -> None:
+                for weight in weights:
+                    linear_kernels.linear(x, weight, out=sums, add=True)
+
+            us = {run.__name__: 1e3 * graph_ms(run) / LAYERS for run in (cublas, ours)}
+            found[f"{outputs}x{inputs}, {batch} rows"] = us
+            print(
+                f"{outputs} x {inputs}, {batch} rows: cublas {us['cublas']:.2f} us, "
+                f"ours {us['ours']:.2f}",
+                flush=True,
+            )
     return found
 
 
@@ -188,6 +220,7 @@ def main() -> None:
         "copy_bytes_per_second": bandwidth,
         "flops": flops,
         "products": products(args.batches),
+        "each_product": each_product([batch for batch in args.batches if batch <= FEW]),
         "attention": {
             name: {str(b): attention(name, b, args.sweep and b != 64) for b in args.batches}
             for name in SHAPES

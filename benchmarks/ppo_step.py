@@ -93,7 +93,11 @@ CASES: dict[str, Case] = {
     "tiny": Case("tiny", "tiny", batch=8, micro_batch=4, slots=4),
     "opt-1.3b": Case(iterations=3, micro_batch=64),
     "opt-1.3b-ragged": Case(
-        batch=1024, slots=512, ragged=True, changes=(("ppo.micro_batch_tokens", 32768),)
+        batch=1024,
+        slots=512,
+        ragged=True,
+        iterations=4,
+        changes=(("ppo.micro_batch_tokens", 32768),),
     ),
     "opt-1.3b-zero2": Case(changes=(("actor_engine.zero_stage", 2),)),
     "opt-1.3b-zero3-tp2": Case(

@@ -45,6 +45,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def capture(self: step.Step, n: int, config: GenerationConfig) -> Any:
         captured.append(n)
+        self._warm.add(self._kind(n, config))
 
         def replay() -> None:
             with own_attention(self.model, STEP_NAME), attach(self.model, self.cache):
@@ -93,6 +94,32 @@ def test_steps_and_cache_are_kept_until_they_are_released(sizes: list[int]) -> N
     captured.release()
     captured.generate(prompts(rows=20), config)
     assert captured._kept is not kept and len(sizes) > made
+
+
+def test_a_new_cache_captures_all_that_the_one_before_needed_ahead_of_its_first_step(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured, _ = decoders()
+    config = GenerationConfig(max_new_tokens=10, slots=5)
+    captured.generate(prompts(rows=20), config)
+    before = sorted(sizes, reverse=True)
+    assert len(before) > 1
+    captured.release()
+    sizes.clear()
+    at_a_step: list[int] = []
+    run = step.Step._run
+
+    def noted(self: step.Step, n: int, config: GenerationConfig) -> None:
+        at_a_step.append(len(sizes))
+        run(self, n, config)
+
+    monkeypatch.setattr(step.Step, "_run", noted)
+    captured.generate(prompts(rows=20), config)
+    assert sizes[0] == 5 and sizes == before
+    assert set(at_a_step) == {len(before)}
+    captured.release()
+    captured.generate(prompts(rows=20), GenerationConfig(max_new_tokens=11, slots=5))
+    assert at_a_step[-1] > at_a_step[0] + 1  # another length: each when it is needed
 
 
 def test_what_was_captured_reads_the_weights_as_they_are_now(sizes: list[int]) -> None:

@@ -41,7 +41,7 @@ def tiles(programs: int, grouped: bool) -> tuple[int, int, int]:
     """
     if not grouped:
         if programs <= 2048:
-            return (128, 2, 0) if programs <= 1024 else (32, 2, 0)
+            return (128, 2, 0) if programs <= 1024 else (32, 1, 0)
         return 64, 2, 3  # takes less power, which is what limits the clock by then
     if programs <= 64:
         return 64, 2, 2

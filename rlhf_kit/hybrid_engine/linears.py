@@ -13,6 +13,8 @@ from torch import Tensor
 
 FEW = 64
 """Rows up to which a product is faster in our kernel than in cuBLAS (`benchmarks/limits.py`)."""
+SMALL = 16 * 2**20
+"""Bytes of a weight below which cuBLAS is faster from 17 rows on: there is little to read."""
 TILE_INPUTS = 128
 """Inputs of a tile of our kernel: it multiplies by whole tiles."""
 
@@ -71,9 +73,10 @@ def add_linear(sums: Tensor, input: Tensor, weight: Tensor) -> None:
 
 def _by_hand(rows: Tensor, weight: Tensor) -> bool:
     """Whether our kernel multiplies these: few rows, in 16 bits, on a GPU, by whole tiles."""
+    few = len(rows) <= (16 if weight.nbytes < SMALL else FEW)
     half = weight.dtype in (torch.bfloat16, torch.float16) and rows.dtype == weight.dtype
     fits = weight.is_contiguous() and weight.shape[1] % TILE_INPUTS == 0 and rows.stride(1) == 1
-    return rows.is_cuda and len(rows) <= FEW and half and fits
+    return rows.is_cuda and few and half and fits
 
 
 def _kernels() -> Any:

@@ -89,12 +89,12 @@ class Step:
             self._run(n, config)
             return
         n = self.rows(n)
-        key = (n, config)
-        if key not in self._graphs:
+        if (n, config) not in self._graphs:
             begin = time.perf_counter()
-            self._graphs[key] = self._capture(n, config)
+            for rows in self._captured_with(n, config):
+                self._graphs[rows, config] = self._capture(rows, config)
             self.capture_seconds += time.perf_counter() - begin
-        self._graphs[key].replay()
+        self._graphs[n, config].replay()
 
     def _run(self, n: int, config: GenerationConfig) -> None:
         self.slots.sample(self._logits(n), self.slots.order[:n], config)
@@ -129,6 +129,17 @@ class Step:
         )
         self.compiled = False
 
+    def _captured_with(self, n: int, config: GenerationConfig) -> list[int]:
+        """n, and with the first graph all that an earlier cache like this one needed.
+
+        The host captures them while the GPU reads prompts; one at a time, later, the GPU would
+        wait for each.
+        """
+        if self._graphs:
+            return [n]
+        earlier = {kind[0] for kind in self._warm if kind == self._kind(kind[0], config)}
+        return [n, *sorted(earlier - {n}, reverse=True)]
+
     def _capture(self, n: int, config: GenerationConfig) -> torch.cuda.CUDAGraph:
         """Run the model once, if it never ran so, to compile and to warm up; record the step.
 
@@ -151,20 +162,30 @@ class Step:
                         return self._capture(n, config)
                 torch.cuda.current_stream().wait_stream(side)
                 self._warm.add(self._kind(n, config))
-            torch.cuda.synchronize()
-            if not self._graphs:
-                torch.cuda.empty_cache()  # the graphs' memory is their own
-            graph = torch.cuda.CUDAGraph()
-            # Not `torch.cuda.graph`, which empties all caches each time, pinned memory's too.
-            # Other threads, as NCCL's watchdog, may go on calling CUDA meanwhile.
-            with torch.cuda.stream(side):
-                pool = () if self._pool is None else (self._pool,)
-                graph.capture_begin(*pool, capture_error_mode="thread_local")
-                try:
-                    self._run(n, config)
-                finally:
-                    graph.capture_end()
-            self._pool = graph.pool()
+            try:
+                return self._record(n, config, side)
+            except torch.OutOfMemoryError:
+                # Memory that lies cached, of prompts or of training, is out of a capture's reach.
+                torch.cuda.empty_cache()
+                return self._record(n, config, side)
+
+    def _record(
+        self, n: int, config: GenerationConfig, side: torch.cuda.Stream
+    ) -> torch.cuda.CUDAGraph:
+        """Without waiting for what the GPU does: nothing runs while it is recorded.
+
+        Not by `torch.cuda.graph`, which waits and empties all caches each time, pinned memory's
+        too. Other threads, as NCCL's watchdog, may go on calling CUDA meanwhile.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(side):
+            pool = () if self._pool is None else (self._pool,)
+            graph.capture_begin(*pool, capture_error_mode="thread_local")
+            try:
+                self._run(n, config)
+            finally:
+                graph.capture_end()
+        self._pool = graph.pool()
         return graph
 
     def _kind(self, n: int, config: GenerationConfig) -> tuple[Any, ...]:
