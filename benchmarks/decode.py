@@ -249,23 +249,30 @@ def report(name: str, batch: int, who: str, row: dict[str, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["opt-1.3b", "qwen2.5-1.5b", "llama-3.2-1b"])
+    parser.add_argument("--models", nargs="*", default=["opt-1.3b", "qwen2.5-1.5b", "llama-3.2-1b"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 256])
     parser.add_argument("--peers", nargs="*", default=["static"], choices=["static", "dynamic"])
     parser.add_argument("--parity", action="store_true", help="also small models of 8 kinds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.json"))
     args = parser.parse_args()
-    bandwidth = copy_bandwidth()
-    print(f"copy {bandwidth / 1e9:,.0f} GB/s", flush=True)
-    results: dict[str, Any] = {**environment(), "copy_bytes_per_second": bandwidth, "models": {}}
-    for name in args.models:
-        results["models"][name] = measure(name, args.batches, args.peers, bandwidth)
+    results: dict[str, Any] = {}
+    if args.output.is_file():
+        results = json.loads(args.output.read_text())
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        results[name] = {**environment(), **found}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1) + "\n")
         free()
+
+    if args.models:
+        bandwidth = copy_bandwidth()
+        print(f"copy {bandwidth / 1e9:,.0f} GB/s", flush=True)
+        for name in args.models:
+            rows = measure(name, args.batches, args.peers, bandwidth)
+            keep(name, {"copy_bytes_per_second": bandwidth, **rows})
     if args.parity:
-        results["parity"] = {kind: parity_of(kind) for kind in PARITY}
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        keep("parity", {kind: parity_of(kind) for kind in PARITY})
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def shared(kernel, warps, **constants):
     return made.metadata.shared
 
 found = {}
-for rows, outputs in ((16, 2048), (64, 2048), (64, 50272)):
-    height, block, stages = linear_kernels.tile_of(rows, outputs, 2, device)
+for rows in (16, 64):
+    height, block, stages = linear_kernels.tile_of(rows, 2, device)
     tile = {"NP": height, "BO": linear_kernels.OUTPUTS, "BK": block, "STAGES": stages}
     found[f"linear {tile}"] = shared(linear_kernels._linear, 4, PARTS=4, **tile)
 for programs, groups, size in ((10000, 1, 64), (10000, 1, 128), (256, 6, 128), (256, 8, 256)):
@@ -72,6 +72,6 @@ def test_the_kernels_fit_the_shared_memory_of(
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout.splitlines()[-1])
-    assert len(found) == 7
+    assert len(found) == 6
     assert all(nbytes <= 1024 * kilobytes for nbytes in found.values()), found
     assert max(found.values()) > 1024 * kilobytes / 3  # room is used, not only left

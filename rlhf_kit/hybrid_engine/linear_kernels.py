@@ -78,15 +78,10 @@ def _linear(
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def tile_of(
-    rows: int, outputs: int, element_size: int, device: torch.device
-) -> tuple[int, int, int]:
+def tile_of(rows: int, element_size: int, device: torch.device) -> tuple[int, int, int]:
     """Rows of a tile, inputs read at once, and loads in flight."""
-    height = 16 if rows <= 16 else ROWS
-    # Many tiles keep enough bytes in flight between them; few have to do so each.
-    many = triton.cdiv(outputs, OUTPUTS) * triton.cdiv(rows, height) > 2 * PROGRAMS
-    block, stages = (64, 4) if many else (TILE_INPUTS, 6 if height < ROWS else 4)
-    return height, *fitted(block, stages, (OUTPUTS + height) * element_size, device)
+    height, stages = (16, 6) if rows <= 16 else (ROWS, 4)
+    return height, *fitted(TILE_INPUTS, stages, (OUTPUTS + height) * element_size, device)
 
 
 def parts_of(tiles: int, inputs: int) -> int:
@@ -117,7 +112,7 @@ def linear(
     assert weight.is_contiguous() and input.stride(1) == 1 and inputs % TILE_INPUTS == 0
     if out is None:
         out = input.new_empty(rows, outputs)
-    height, block, stages = tile_of(rows, outputs, input.element_size(), input.device)
+    height, block, stages = tile_of(rows, input.element_size(), input.device)
     tiles, row_tiles = triton.cdiv(outputs, OUTPUTS), triton.cdiv(rows, height)
     parts = parts or parts_of(tiles * row_tiles, inputs)
     scratch, counters = input, input

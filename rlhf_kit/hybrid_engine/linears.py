@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 FEW = 64
-"""Rows up to which a product is faster in our kernel than in cuBLAS (`benchmarks/limits.py`)."""
-SMALL = 16 * 2**20
-"""Bytes of a weight below which cuBLAS is faster from 17 rows on: there is little to read."""
+"""Rows up to which a product may be faster in our kernel than in cuBLAS, which is the faster one
+everywhere else (`benchmarks/limits.py`)."""
+MOST_OUTPUTS = 10240
+"""Outputs up to which it is: more keep all multiprocessors reading anyway."""
+LEAST_BYTES = 16 * 2**20
+"""Bytes of the weight from which it is, with more than 16 rows: fewer are read in no time."""
 TILE_INPUTS = 128
 """Inputs of a tile of our kernel: it multiplies by whole tiles."""
 
@@ -72,11 +75,12 @@ def add_linear(sums: Tensor, input: Tensor, weight: Tensor) -> None:
 
 
 def _by_hand(rows: Tensor, weight: Tensor) -> bool:
-    """Whether our kernel multiplies these: few rows, in 16 bits, on a GPU, by whole tiles."""
-    few = len(rows) <= (16 if weight.nbytes < SMALL else FEW)
+    """Whether our kernel multiplies these: where it is faster, in 16 bits, by whole tiles."""
+    few = len(rows) <= (FEW if weight.nbytes >= LEAST_BYTES else 16)
+    faster = rows.is_cuda and few and len(weight) <= MOST_OUTPUTS
     half = weight.dtype in (torch.bfloat16, torch.float16) and rows.dtype == weight.dtype
     fits = weight.is_contiguous() and weight.shape[1] % TILE_INPUTS == 0 and rows.stride(1) == 1
-    return rows.is_cuda and few and half and fits
+    return faster and half and fits
 
 
 def _kernels() -> Any:
