@@ -7,7 +7,8 @@ weights. Ours generates from the parameters of a HybridEngine (ZeRO-1), the othe
 model. For each: tokens a second over the whole call, and over decoding alone: the time of
 reading the prompts is taken off, which for transformers is that of one plain forward. The floor
 is what reading every weight and every cached key and value once a token would take at this
-device's own copy bandwidth, measured first.
+device's own copy bandwidth, measured first. Models that are not asked for keep what the file says
+of them.
 """
 
 from __future__ import annotations
@@ -232,9 +233,9 @@ def measure(name: str, batches: list[int], peers: list[str], bandwidth: float) -
         rows[str(batch)]["ours"] = figures(seconds, batch, floor)
         rows[str(batch)]["ours"]["captured"] = seconds["captured"]
         report(name, batch, "ours", rows[str(batch)]["ours"])
-    rows["parity"] = parity(engine, vocabulary)
-    print(f"{name}: {rows['parity']}", flush=True)
-    return rows
+    found = parity(engine, vocabulary)
+    print(f"{name}: {found}", flush=True)
+    return {"batches": rows, "parity": found}
 
 
 def report(name: str, batch: int, who: str, row: dict[str, float]) -> None:
@@ -255,24 +256,25 @@ def main() -> None:
     parser.add_argument("--parity", action="store_true", help="also small models of 8 kinds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.json"))
     args = parser.parse_args()
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"models": {}}
     if args.output.is_file():
         results = json.loads(args.output.read_text())
 
-    def keep(name: str, found: dict[str, Any]) -> None:
-        results[name] = {**environment(), **found}
+    def keep() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1) + "\n")
-        free()
 
-    if args.models:
-        bandwidth = copy_bandwidth()
-        print(f"copy {bandwidth / 1e9:,.0f} GB/s", flush=True)
-        for name in args.models:
-            rows = measure(name, args.batches, args.peers, bandwidth)
-            keep(name, {"copy_bytes_per_second": bandwidth, **rows})
+    bandwidth = copy_bandwidth()
+    print(f"copy {bandwidth / 1e9:,.0f} GB/s", flush=True)
+    for name in args.models:
+        found = measure(name, args.batches, args.peers, bandwidth)
+        origin = {**environment(), "copy_bytes_per_second": bandwidth}
+        results["models"][name] = {**origin, **found}
+        keep()
+        free()
     if args.parity:
-        keep("parity", {kind: parity_of(kind) for kind in PARITY})
+        results["parity"] = {**environment(), "kinds": {kind: parity_of(kind) for kind in PARITY}}
+        keep()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def measure(name: str, switches: int, keep: bool) -> dict[str, Any]:
         pad_token_id=1,
     )
     generation = GenerationConfig(max_new_tokens=32, min_new_tokens=32, slots=32)
-    seconds, training, generating = [], [], []
+    seconds, training, generating, reserved = [], [], [], []
     for number in range(switches):
         batch = prompts(32, 64, vocabulary, seed=number + 1).to(engine.device)
         synchronize()
@@ -58,15 +58,19 @@ def measure(name: str, switches: int, keep: bool) -> dict[str, Any]:
         seconds.append(time.perf_counter() - begin)
         if cuda:
             training.append(torch.cuda.memory_allocated())
-    early, late = seconds[5 : 5 + switches // 5], seconds[-(switches // 5) :]
+            reserved.append(torch.cuda.memory_reserved())
+    settled = seconds[5:]
+    fifth = max(1, len(settled) // 5)
+    parts = [settled[at : at + fifth] for at in range(0, len(settled), fifth)][:5]
     found = {
         "first_seconds": seconds[0],
-        "early_seconds": statistics.median(early),
-        "late_seconds": statistics.median(late),
+        "seconds_by_fifths": [statistics.median(part) for part in parts],
         "training_bytes": training[2::20],
         "generating_bytes": generating[2::20],
+        "reserved_bytes": reserved[2::20],
         "training_growth_bytes": training[-1] - training[2] if cuda else 0,
         "generating_growth_bytes": generating[-1] - generating[2] if cuda else 0,
+        "reserved_growth_bytes": reserved[-1] - reserved[2] if cuda else 0,
     }
     print(f"keep_cache {keep}: {found}", flush=True)
     return found

@@ -324,11 +324,11 @@ plot_bars(speeds, label="tokens a second") if in_notebook() else None
 decode = results("decode")
 table = [
     (name, batch, cells["transformers_static"], cells["ours"])
-    for name, rows_ in decode["models"].items()
-    for batch, cells in rows_.items()
-    if batch != "parity"
+    for name, model_ in decode["models"].items()
+    for batch, cells in model_["batches"].items()
 ]
-print_main(decode["device"], "decoding alone, tokens a second")
+cards = {model_["device"] for model_ in decode["models"].values()}
+print_main(*cards, "decoding alone, tokens a second")
 for name, batch, peer, mine in table:
     a, b = peer["decode_tokens_per_second"], mine["decode_tokens_per_second"]
     print_main(

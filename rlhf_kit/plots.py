@@ -307,8 +307,9 @@ def plot_step_times(decode: Mapping[str, Any], path: PathLike = None) -> Figure:
     """
     models = decode["models"]
     with _figure(3.4 * len(models), 3.2, path, 1, len(models)) as (figure, axes):
-        for ax, (name, cells) in zip(axes.flat, models.items(), strict=True):
-            batches = [batch for batch in cells if batch != "parity"]
+        for ax, (name, model) in zip(axes.flat, models.items(), strict=True):
+            cells = model["batches"]
+            batches = list(cells)
             peer, ours = (
                 [cells[batch][who]["decode_step_ms"] for batch in batches]
                 for who in ("transformers_static", "ours")

@@ -45,7 +45,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def capture(self: step.Step, n: int, config: GenerationConfig) -> Any:
         captured.append(n)
-        self._warm.add(self._kind(n, config))
+        self._captures.warm.add(self._kind(n, config))
 
         def replay() -> None:
             with own_attention(self.model, STEP_NAME), attach(self.model, self.cache):
@@ -150,3 +150,37 @@ def test_fewer_slots_than_were_kept_take_less_memory(sizes: list[int]) -> None:
     for slots in (8, 4):  # as after memory ran out
         captured.generate(prompts(rows=20), GenerationConfig(max_new_tokens=8, slots=slots))
         assert captured._kept is not None and captured._kept.cache.slots == slots
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_gpu
+def test_caches_and_captured_steps_come_and_go_without_memory_growing() -> None:
+    decoder = Decoder(llama().cuda(), eos_token_ids=EOS, pad_token_id=PAD)
+    config = GenerationConfig(max_new_tokens=10, slots=16)
+    batch, reserved = prompts(rows=40).to("cuda"), []
+    for _ in range(12):
+        decoder.generate(batch, config)
+        decoder.release()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[2]
+
+
+@needs_gpu
+def test_captures_find_memory_where_all_there_is_lies_cached() -> None:
+    decoder = Decoder(llama().cuda(), eos_token_ids=EOS, pad_token_id=PAD)
+    config = GenerationConfig(max_new_tokens=10, slots=16, temperature=0.0)
+    batch = prompts(rows=40).to("cuda")
+    before = decoder.generate(batch, config)
+    other = Decoder(decoder.model, eos_token_ids=EOS, pad_token_id=PAD)  # has no memory yet
+    torch.cuda.empty_cache()
+    block, another = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    del block, another
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    try:
+        after = other.generate(batch, config)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(before.response_ids, after.response_ids)

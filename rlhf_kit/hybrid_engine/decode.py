@@ -39,7 +39,7 @@ from rlhf_kit.hybrid_engine.attention import (
 from rlhf_kit.hybrid_engine.kv_cache import KVCache
 from rlhf_kit.hybrid_engine.merged_adapters import MergedAdapters
 from rlhf_kit.hybrid_engine.slots import ALIVE, LENGTH, TOKEN, Slots
-from rlhf_kit.hybrid_engine.step import Step, forward
+from rlhf_kit.hybrid_engine.step import Captures, Step, forward
 from rlhf_kit.types import PromptBatch, Rollout
 
 PROMPT_TOKENS = 16384
@@ -124,7 +124,7 @@ class Decoder:
         self.merged = MergedAdapters(self.model) if merge_adapters else None
         self.last_stats: DecodeStats | None = None
         self._kept: Step | None = None
-        self._warm = set[Any]()
+        self._captures = Captures()
         require(len(self.eos_token_ids) > 0, "name at least one EOS token id to stop at")
         check_model(self.model)
         vocabulary = self.model.config.get_text_config().vocab_size
@@ -218,7 +218,7 @@ class Decoder:
                 device=device,
             ),
             captured=captured,
-            warm=self._warm,
+            captures=self._captures,
         )
         if captured:
             self._kept = step

@@ -15,6 +15,7 @@ stays valid when an optimiser writes new values into them, and is made anew wher
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -43,6 +44,25 @@ BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 the next larger one."""
 
 
+class Captures:
+    """What the captured steps of one decoder leave to those that come after, with another cache."""
+
+    def __init__(self) -> None:
+        self.warm = set[Any]()
+        """Kinds of step that ran: they are compiled, and will be needed again."""
+        self._keeper: torch.cuda.CUDAGraph | None = None
+
+    def pool(self, device: torch.device) -> Any:
+        """Memory for graphs, which the next ones find again.
+
+        A pool ends with the last graph in it, and its memory would be nobody's until all caches
+        are emptied. So one graph, of next to nothing, stays in it.
+        """
+        if self._keeper is None:
+            self._keeper = _graph_of(lambda: torch.zeros(1, device=device), device)
+        return self._keeper.pool()
+
+
 class Step:
     """The step over one cache and one set of slots; on a GPU captured by number of rows."""
 
@@ -53,9 +73,8 @@ class Step:
         slots: Slots,
         *,
         captured: bool,
-        warm: set[Any],
+        captures: Captures,
     ) -> None:
-        """`warm`: what earlier steps of this model have run before; this one adds to it."""
         self.model = model
         self.cache = cache
         self.slots = slots
@@ -63,8 +82,7 @@ class Step:
         self.compiled = captured
         self.capture_seconds = 0.0
         self._graphs: dict[tuple[int, GenerationConfig], torch.cuda.CUDAGraph] = {}
-        self._warm = warm
-        self._pool: Any = None
+        self._captures = captures
         self._addresses = _addresses(model)
 
     def rows(self, n: int) -> int:
@@ -80,7 +98,6 @@ class Step:
         now = _addresses(self.model)
         if now != self._addresses:
             self._graphs.clear()
-            self._pool = None  # it ends with the last graph in it
             self._addresses = now
 
     def __call__(self, n: int, config: GenerationConfig) -> None:
@@ -137,7 +154,8 @@ class Step:
         """
         if self._graphs:
             return [n]
-        earlier = {kind[0] for kind in self._warm if kind == self._kind(kind[0], config)}
+        warm = self._captures.warm
+        earlier = {kind[0] for kind in warm if kind == self._kind(kind[0], config)}
         return [n, *sorted(earlier - {n}, reverse=True)]
 
     def _capture(self, n: int, config: GenerationConfig) -> torch.cuda.CUDAGraph:
@@ -152,7 +170,7 @@ class Step:
             if self.compiled:
                 stack.enter_context(compiled_layers(self.model))
             side = _side_stream(self.slots.state.device)
-            if self._kind(n, config) not in self._warm:
+            if self._kind(n, config) not in self._captures.warm:
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
                     try:
@@ -161,32 +179,17 @@ class Step:
                         self._not_compiled(error)
                         return self._capture(n, config)
                 torch.cuda.current_stream().wait_stream(side)
-                self._warm.add(self._kind(n, config))
+                self._captures.warm.add(self._kind(n, config))
             try:
-                return self._record(n, config, side)
+                return self._record(n, config)
             except torch.OutOfMemoryError:
                 # Memory that lies cached, of prompts or of training, is out of a capture's reach.
                 torch.cuda.empty_cache()
-                return self._record(n, config, side)
+                return self._record(n, config)
 
-    def _record(
-        self, n: int, config: GenerationConfig, side: torch.cuda.Stream
-    ) -> torch.cuda.CUDAGraph:
-        """Without waiting for what the GPU does: nothing runs while it is recorded.
-
-        Not by `torch.cuda.graph`, which waits and empties all caches each time, pinned memory's
-        too. Other threads, as NCCL's watchdog, may go on calling CUDA meanwhile.
-        """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(side):
-            pool = () if self._pool is None else (self._pool,)
-            graph.capture_begin(*pool, capture_error_mode="thread_local")
-            try:
-                self._run(n, config)
-            finally:
-                graph.capture_end()
-        self._pool = graph.pool()
-        return graph
+    def _record(self, n: int, config: GenerationConfig) -> torch.cuda.CUDAGraph:
+        device = self.slots.state.device
+        return _graph_of(lambda: self._run(n, config), device, self._captures.pool(device))
 
     def _kind(self, n: int, config: GenerationConfig) -> tuple[Any, ...]:
         """All that what is compiled may depend on."""
@@ -211,6 +214,22 @@ def forward(
         input_ids=tokens[None], position_ids=positions[None], use_cache=False, plan=plan, **options
     ).logits[0]
     return logits if keep is None or len(logits) == len(keep) else logits[keep]
+
+
+def _graph_of(run: Callable[[], Any], device: torch.device, *pool: Any) -> torch.cuda.CUDAGraph:
+    """What `run` does, recorded; nothing waits for what the GPU is doing meanwhile.
+
+    Not by `torch.cuda.graph`, which waits and empties all caches each time, pinned memory's too.
+    Other threads, as NCCL's watchdog, may go on calling CUDA meanwhile.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(_side_stream(device)):
+        graph.capture_begin(*pool, capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
+    return graph
 
 
 @cache
