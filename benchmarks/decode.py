@@ -1,6 +1,7 @@
 """Generation: transformers' `generate` and ours, side by side, over the weights being trained.
 
     python benchmarks/decode.py [--models opt-1.3b qwen2.5-1.5b llama-3.2-1b] [--batches 16 64 256]
+    python benchmarks/decode.py --models --plot docs/images/decode.png     # draws, measures nothing
 
 Prompts of 256 random tokens, 256 new tokens each, sampled at temperature 1, bf16, random
 weights. Ours generates from the parameters of a HybridEngine (ZeRO-1), the others from a plain
@@ -28,6 +29,7 @@ from shapes import causal_lm, environment, prompts
 from rlhf_kit.config import EngineConfig, GenerationConfig, OptimizerConfig
 from rlhf_kit.hybrid_engine.engine import HybridEngine
 from rlhf_kit.models import disable_dropout, response_logits
+from rlhf_kit.plots import plot_step_times
 
 PROMPT, NEW, REPEATS = 256, 256, 2
 
@@ -255,6 +257,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=["static"], choices=["static", "dynamic"])
     parser.add_argument("--parity", action="store_true", help="also small models of 8 kinds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.json"))
+    parser.add_argument("--plot", type=Path, help="also draw all that the output holds")
     args = parser.parse_args()
     results: dict[str, Any] = {"models": {}}
     if args.output.is_file():
@@ -264,9 +267,9 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1) + "\n")
 
-    bandwidth = copy_bandwidth()
-    print(f"copy {bandwidth / 1e9:,.0f} GB/s", flush=True)
+    bandwidth = copy_bandwidth() if args.models else 0.0
     for name in args.models:
+        print(f"copy {bandwidth / 1e9:,.0f} GB/s", flush=True)
         found = measure(name, args.batches, args.peers, bandwidth)
         origin = {**environment(), "copy_bytes_per_second": bandwidth}
         results["models"][name] = {**origin, **found}
@@ -275,6 +278,8 @@ def main() -> None:
     if args.parity:
         results["parity"] = {**environment(), "kinds": {kind: parity_of(kind) for kind in PARITY}}
         keep()
+    if args.plot is not None:
+        plot_step_times(results, args.plot)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -51,6 +52,23 @@ def test_the_chinese_readme_has_the_links_of_the_english_one():
 def test_the_chinese_readme_has_the_commands_of_the_english_one():
     assert commands(CHINESE) == commands(ENGLISH)
     assert code(CHINESE) == code(ENGLISH)
+
+
+def test_the_table_of_decoding_is_what_the_benchmark_wrote():
+    path = ROOT / "benchmarks" / "results" / "decode.json"
+    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    expected = [
+        (
+            f"{cells['transformers_static']['decode_tokens_per_second']:,.0f}",
+            f"**{cells['ours']['decode_tokens_per_second']:,.0f}**",
+            f"{100 * cells['ours']['share_of_floor']:.0f} %",
+        )
+        for model in models.values()
+        for cells in model["batches"].values()
+    ]
+    row = r"^\| [\w. -]*\| \d+ \| ([\d,]+) \| (\*\*[\d,]+\*\*) \| (\d+ %) \|$"
+    assert re.findall(row, ENGLISH, re.MULTILINE) == expected
+    assert {model["device"] for model in models.values()} == {"NVIDIA H200"}
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["english", "chinese"])
