@@ -48,6 +48,7 @@ def style() -> dict[Any, Any]:
     return {
         "axes.edgecolor": INK,
         "axes.grid": True,
+        "axes.axisbelow": True,
         "axes.labelcolor": INK,
         "axes.labelsize": 10,
         "axes.prop_cycle": cycler(color=COLOURS),
