@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,12 +17,11 @@ from rlhf_kit.config import RewardConfig
 from rlhf_kit.distributed import derive_seed
 from rlhf_kit.faults import Faults
 from rlhf_kit.functional import pairwise_loss
+from rlhf_kit.guarded_steps import GuardedSteps
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.models import ValueModel
 from rlhf_kit.tokenization import Encoded, EncodedPair, collate_pairs, collate_scored
 from rlhf_kit.training_state import State
-
-Result = TypeVar("Result")
 
 
 def last_token_scores(values: Tensor, last_index: Tensor) -> Tensor:
@@ -78,20 +76,12 @@ class RewardTrainer:
         self.config = config
         self.pad_token_id = pad_token_id
         self.faults = faults or Faults()
-        self.faults.place = [(engine, "steps_done")]
-        self.micro_batch_size = config.micro_batch_size
-
-    def _within_memory(self, doing: str, attempt: Callable[[int], Result]) -> Result:
-        """`attempt(rows at once)`, with half of them where memory runs out."""
-        result, self.micro_batch_size = self.faults.within_memory(
-            doing,
-            self.micro_batch_size,
-            attempt,
-            lower="reward.micro_batch_size",
-            undo=self.engine.drop_gradients,
-            whole=self.engine.config.zero_stage < 3,
+        self.steps = GuardedSteps(
+            engine,
+            self.faults,
+            micro_batch_size=config.micro_batch_size,
+            setting="reward.micro_batch_size",
         )
-        return result
 
     def _pair_scores(self, rows: Sequence[EncodedPair]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected responses, from one forward."""
@@ -102,19 +92,15 @@ class RewardTrainer:
 
     def step(self, rows: Sequence[EncodedPair]) -> dict[str, float]:
         """One optimiser step on the pairs of one global batch."""
-        self.engine.train()
-        self.faults.step = self.engine.steps_done + 1
-        totals = self._within_memory("training", lambda size: self._backward(rows, size))
+        self.steps.begin()
+        totals = self.steps.within_memory("training", lambda size: self._backward(rows, size))
         summed = distributed.all_sum(torch.stack(list(totals.values())))
         metrics: dict[str, float] = dict(zip(totals, summed.tolist(), strict=True))
         metrics["data/fingerprint"] = fingerprint.of_batch(
             [row.chosen.prompt_length, *row.chosen.input_ids, *row.rejected.input_ids]
             for row in rows
         )
-        info = self.faults.step_if_finite(metrics, self.engine)
-        if info is None:
-            return {**metrics, "faults/skipped": 1.0}
-        return {**metrics, "optim/lr": info.learning_rate, "optim/grad_norm": info.grad_norm}
+        return self.steps.end(metrics)
 
     def _backward(self, rows: Sequence[EncodedPair], size: int) -> dict[str, Tensor]:
         """Add the gradients of this rank's micro-batches; its share of the metrics."""
@@ -131,7 +117,7 @@ class RewardTrainer:
                 margin=self.config.margin,
                 center_coef=self.config.center_coef,
             )
-            self.faults.backward(self.engine, loss)
+            self.steps.backward(loss)
             for key, value in {"loss/train": loss.detach(), **metrics}.items():
                 totals[key] = totals[key] + value
         return totals
@@ -148,7 +134,7 @@ class RewardTrainer:
                 parts.append(chosen - rejected)
             return torch.cat(parts).cpu()
 
-        return self._within_memory("evaluating", differences)
+        return self.steps.within_memory("evaluating", differences)
 
     def accuracy(self, rows: Sequence[EncodedPair]) -> dict[str, float]:
         """`eval/accuracy`, and `eval/accuracy/<kind>` for each kind of pair the source names."""
@@ -178,19 +164,11 @@ class RewardTrainer:
                 parts.append(last_token_scores(values, batch.last_index))
             return torch.cat(parts).double()
 
-        scores = self._within_memory("scoring demonstrations", scored)
+        scores = self.steps.within_memory("scoring demonstrations", scored)
         return float(scores.mean()), max(float(scores.std(unbiased=False)), 1e-6)
 
     def state(self) -> State:
-        """The engine's, and what faults have changed. The next pairs follow from the steps."""
-        return {
-            "engine": self.engine.state(),
-            "faults": self.faults.state(),
-            "micro_batch_size": self.micro_batch_size,
-        }
+        return self.steps.state()
 
     def load_state(self, state: State) -> None:
-        self.engine.load_state(state["engine"])
-        self.faults.load_state(state["faults"])
-        # Lowered since, by memory that ran out before a roll-back: it would run out again.
-        self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])
+        self.steps.load_state(state)

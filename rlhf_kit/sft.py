@@ -14,6 +14,7 @@ import torch
 from rlhf_kit import distributed, fingerprint
 from rlhf_kit.config import MemoryConfig, SFTConfig
 from rlhf_kit.faults import Faults
+from rlhf_kit.guarded_steps import GuardedSteps
 from rlhf_kit.hybrid_engine.training import TrainingEngine
 from rlhf_kit.models import position_ids
 from rlhf_kit.token_logprobs import chosen_logprobs
@@ -84,8 +85,12 @@ class SFTTrainer:
         self.config = config
         self.pad_token_id = pad_token_id
         self.faults = faults or Faults()
-        self.faults.place = [(engine, "steps_done")]
-        self.micro_batch_size = config.micro_batch_size
+        self.steps = GuardedSteps(
+            engine,
+            self.faults,
+            micro_batch_size=config.micro_batch_size,
+            setting="sft.micro_batch_size",
+        )
 
     def _texts(self, rows: Sequence[Encoded], size: int) -> list[Text]:
         """This rank's micro-batches, on the device; rows without loss make the shares even."""
@@ -101,34 +106,26 @@ class SFTTrainer:
 
     def step(self, rows: Sequence[Encoded]) -> dict[str, float]:
         """One optimiser step; the metrics are means over all response tokens of the batch."""
-        self.engine.train()
-        self.faults.step = self.engine.steps_done + 1
+        self.steps.begin()
         tokens = loss_tokens(rows)
-        total, self.micro_batch_size = self.faults.within_memory(
-            "training",
-            self.micro_batch_size,
-            lambda size: self._backward(self._texts(rows, size), tokens),
-            lower="sft.micro_batch_size",
-            undo=self.engine.drop_gradients,
-            whole=self.engine.config.zero_stage < 3,
+        total = self.steps.within_memory(
+            "training", lambda size: self._backward(self._texts(rows, size), tokens)
         )
-        metrics = {
-            "loss/train": float(distributed.all_sum(total)),
-            "data/fingerprint": fingerprint.of_batch(
-                [row.prompt_length, *row.input_ids] for row in rows
-            ),
-        }
-        info = self.faults.step_if_finite(metrics, self.engine)
-        if info is None:
-            return {**metrics, "faults/skipped": 1.0}
-        return {**metrics, "optim/lr": info.learning_rate, "optim/grad_norm": info.grad_norm}
+        return self.steps.end(
+            {
+                "loss/train": float(distributed.all_sum(total)),
+                "data/fingerprint": fingerprint.of_batch(
+                    [row.prompt_length, *row.input_ids] for row in rows
+                ),
+            }
+        )
 
     def _backward(self, texts: Sequence[Text], tokens: float) -> torch.Tensor:
         """Add the gradients of this rank's micro-batches; its share of the loss."""
         total = torch.zeros((), device=self.engine.device)
         for text in texts:
             loss = self._loss(text, tokens)
-            self.faults.backward(self.engine, loss)
+            self.steps.backward(loss)
             total += loss.detach()
         return total
 
@@ -144,26 +141,11 @@ class SFTTrainer:
                 total += self._loss(text, tokens)
             return total
 
-        total, self.micro_batch_size = self.faults.within_memory(
-            "evaluating",
-            self.micro_batch_size,
-            loss,
-            lower="sft.micro_batch_size",
-            undo=self.engine.drop_gradients,
-            whole=self.engine.config.zero_stage < 3,
-        )
+        total = self.steps.within_memory("evaluating", loss)
         return float(distributed.all_sum(total))
 
     def state(self) -> State:
-        """The engine's, and what faults have changed. The next rows follow from the steps."""
-        return {
-            "engine": self.engine.state(),
-            "faults": self.faults.state(),
-            "micro_batch_size": self.micro_batch_size,
-        }
+        return self.steps.state()
 
     def load_state(self, state: State) -> None:
-        self.engine.load_state(state["engine"])
-        self.faults.load_state(state["faults"])
-        # Lowered since, by memory that ran out before a roll-back: it would run out again.
-        self.micro_batch_size = min(self.micro_batch_size, state["micro_batch_size"])
+        self.steps.load_state(state)

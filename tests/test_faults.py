@@ -421,9 +421,9 @@ def test_where_memory_runs_out_the_minibatch_is_repeated_in_smaller_parts(
         part = rows[start : start + 8]
         with failing(layer, how, after=2):
             found = trainer.step(part)
-        calm.micro_batch_size = size
+        calm.steps.micro_batch_size = size
         # To the last bit the step of a run that had these parts from here on.
-        assert found == calm.step(part) and trainer.micro_batch_size == size
+        assert found == calm.step(part) and trainer.steps.micro_batch_size == size
         assert equal(everything(trainer.engine), everything(calm.engine))
     line, _ = lines(tmp_path / "sft")
     assert (line["fault"], line["action"]) == ("out_of_memory", "halve")
@@ -628,11 +628,11 @@ def two_ranks(directory: Path) -> None:
         trainer, calm = (make_sft(tokenizer, ENGINES[name]) for _ in range(2))
         layer = mlp(trainer.engine.module)
         second = contextlib.nullcontext()
-        trainer.micro_batch_size = calm.micro_batch_size = 2
+        trainer.steps.micro_batch_size = calm.steps.micro_batch_size = 2
         with failing(layer, "forward", after=2) if distributed.rank() == 1 else second:
             found = trainer.step(rows[:8])
-        calm.micro_batch_size = 1
-        assert found == calm.step(rows[:8]) and trainer.micro_batch_size == 1, name
+        calm.steps.micro_batch_size = 1
+        assert found == calm.step(rows[:8]) and trainer.steps.micro_batch_size == 1, name
         before = everything(trainer.engine)
         with failing(layer, "nan", after=2) if distributed.rank() == 1 else second:
             assert trainer.step(rows[8:16])["faults/skipped"] == 1, name

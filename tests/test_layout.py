@@ -21,7 +21,7 @@ RANKS = [
     "datasets batch_order row_store blending split_manifest chat_template encoded_cache "
     "encoded_rows tokenization data_preview data_check faults metrics plots",
     "models logprob_kernels token_logprobs micro_batches adapters shared_base deepspeed_config",
-    "hybrid_engine memory_check checkpoint checkpoint_directory ema",
+    "hybrid_engine guarded_steps memory_check checkpoint checkpoint_directory ema",
     "sft reward scorer rlhf_engine rollout mixture monitor",
     "ppo invariants",
     "measure results votes launch pipeline run_directory "

@@ -256,12 +256,12 @@ def test_a_state_of_other_trained_weights_is_refused_and_nothing_changes(ours: i
 
 def test_sizes_that_memory_has_lowered_stay_low_after_a_resume_and_after_a_roll_back():
     before, low = Run.start(), Run.start()
-    low.trainer.micro_batch_size = 1
+    low.trainer.steps.micro_batch_size = 1
     resumed = Run.start()
     resumed.load_state(restored(saved(low.state())))
-    assert resumed.trainer.micro_batch_size == 1 < before.trainer.micro_batch_size
+    assert resumed.trainer.steps.micro_batch_size == 1 < before.trainer.steps.micro_batch_size
     low.load_state(restored(saved(before.state())))
-    assert low.trainer.micro_batch_size == 1
+    assert low.trainer.steps.micro_batch_size == 1
 
 
 def test_a_roll_back_counts_although_the_checkpoint_has_counted_none():
