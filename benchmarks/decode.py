@@ -259,6 +259,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.json"))
     parser.add_argument("--plot", type=Path, help="also draw all that the output holds")
     args = parser.parse_args()
+    if args.plot is not None and args.models and "static" not in args.peers:
+        parser.error("--plot draws transformers' static cache beside ours: leave it among --peers")
     results: dict[str, Any] = {"models": {}}
     if args.output.is_file():
         results = json.loads(args.output.read_text())
@@ -267,14 +269,15 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1) + "\n")
 
-    bandwidth = copy_bandwidth() if args.models else 0.0
-    for name in args.models:
+    if args.models:
+        bandwidth = copy_bandwidth()
         print(f"copy {bandwidth / 1e9:,.0f} GB/s", flush=True)
-        found = measure(name, args.batches, args.peers, bandwidth)
         origin = {**environment(), "copy_bytes_per_second": bandwidth}
-        results["models"][name] = {**origin, **found}
-        keep()
-        free()
+        for name in args.models:
+            found = measure(name, args.batches, args.peers, bandwidth)
+            results["models"][name] = {**origin, **found}
+            keep()
+            free()
     if args.parity:
         results["parity"] = {**environment(), "kinds": {kind: parity_of(kind) for kind in PARITY}}
         keep()

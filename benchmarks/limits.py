@@ -2,9 +2,9 @@
 
     python benchmarks/limits.py [--sweep]
 
-Matrix products (cuBLAS, and ours where there are few rows), attention (ours, and torch's at the
-exact length), sampling (ours, and unfused). `--sweep` also times other tile sizes of the attention
-kernel.
+Matrix products (cuBLAS, and ours where there are few rows; all of a step, and each by itself),
+attention (ours, and torch's at the exact length), sampling (ours, and unfused). `--sweep` also
+times other tile sizes of the attention kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rlhf_kit.hybrid_engine import kernels, linear_kernels
 from rlhf_kit.hybrid_engine.linears import FEW
 from rlhf_kit.hybrid_engine.slots import Slots
 
-HIDDEN, LAYERS, FFN, VOCABULARY = 2048, 24, 8192, 50272
+HIDDEN, LAYERS, VOCABULARY = 2048, 24, 50272
 CONTEXT, CAPACITY = 384, 512
 WEIGHTS = {
     "opt-1.3b": ((6144, 2048), (2048, 2048), (8192, 2048), (2048, 8192)),
@@ -66,15 +66,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def products(batches: list[int]) -> dict[str, Any]:
-    layers = [
-        (
-            random(3 * HIDDEN, HIDDEN),
-            random(HIDDEN, HIDDEN),
-            random(FFN, HIDDEN),
-            random(HIDDEN, FFN),
-        )
-        for _ in range(LAYERS)
-    ]
+    layers = [[random(*shape) for shape in WEIGHTS["opt-1.3b"]] for _ in range(LAYERS)]
     head = random(VOCABULARY, HIDDEN)
     nbytes = head.nbytes + sum(w.nbytes for layer in layers for w in layer)
     found = {}

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Where a product is faster in our kernel than in cuBLAS (`benchmarks/limits.py`, `each_product`).
 FEW = 64
-"""Rows up to which a product may be faster in our kernel than in cuBLAS, which is the faster one
-everywhere else (`benchmarks/limits.py`)."""
-MOST_OUTPUTS = 10240
-"""Outputs up to which it is: more keep all multiprocessors reading anyway."""
+"""At most so many rows."""
 LEAST_BYTES = 16 * 2**20
-"""Bytes of the weight from which it is, with more than 16 rows: fewer are read in no time."""
+"""With more than 16 rows, no smaller a weight: what is small is read in no time."""
+MOST_OUTPUTS = 10240
+"""No more outputs: they keep all multiprocessors reading anyway."""
 TILE_INPUTS = 128
 """Inputs of a tile of our kernel: it multiplies by whole tiles."""
 
